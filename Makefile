@@ -1,0 +1,33 @@
+# make demo   the whole line on generated scans, ends with a Dice table and a picture
+# make test   installs what development needs and runs every test, the notebooks included
+# make readme writes README.md from nbs/index.ipynb
+PYTHON ?= python3
+V := .venv/bin
+
+.PHONY: demo test readme clean
+
+demo: .venv/installed
+	$(V)/autounet demo demo
+
+test: .venv/installed-dev
+	$(V)/python -m pytest
+
+readme: .venv/installed-dev
+	$(V)/python .ci/readme.py
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: install Python 3.10 or newer, or say which one with 'make PYTHON=…'."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $(PYTHON) is older: say which one with 'make PYTHON=…'."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "Python's venv module is missing: install it (on Debian and Ubuntu: python3-venv)."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python settings.ini setup.py
+	$(V)/python -m pip install --quiet -e .
+	@touch $@
+
+.venv/installed-dev: .venv/bin/python settings.ini setup.py
+	$(V)/python -m pip install --quiet -e '.[dev]'
+	@touch .venv/installed $@
+
+clean:
+	rm -rf .venv demo build *.egg-info

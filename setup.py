@@ -1,0 +1,24 @@
+"Reads everything that describes the package from settings.ini, and its version from autounet_nb/__init__.py."
+from configparser import ConfigParser
+from pathlib import Path
+import re
+from setuptools import setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=['='])
+config.read(here/'settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+setup(
+    name=cfg['lib_name'],
+    version=re.search(r'__version__ = "(.+?)"', (here/cfg['lib_name']/'__init__.py').read_text())[1],
+    description=cfg['description'],
+    long_description=(here/'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'],
+    packages=[cfg['lib_name']],
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split()},
+    entry_points={'console_scripts': [cfg['console_scripts']], 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+)
