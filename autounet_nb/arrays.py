@@ -79,7 +79,7 @@ def _go_through(
     except (EOFError, gzip.BadGzipFile, zlib.error): return -1, bad
     return n, bad
 
-# %% ../nbs/00_arrays.ipynb #8b99a3d9
+# %% ../nbs/00_arrays.ipynb #fa344493
 def _packed_whole(
     b, # bytes of a MetaImage or NRRD file
     path, # of that file, beside which the voxels may lie
@@ -87,8 +87,8 @@ def _packed_whole(
     "Can compressed voxels be unpacked to their end and checksum?"
     end = re.search(rb'ElementDataFile *=.*?\n|\r?\n\r?\n', b)
     head = b[:end.end()] if end else b
-    if not re.search(rb'CompressedData *= *True|encoding: *gz', head, re.I) or b'skip:' in head: return True
-    name = re.search(rb'(?:ElementDataFile *=|data ?file:) *(.*?)\r?\n', head, re.I)
+    if not re.search(rb'CompressedData *= *True|encoding: *gz', head, re.IGNORECASE) or b'skip:' in head: return True
+    name = re.search(rb'(?:ElementDataFile *=|data ?file:) *(.*?)\r?\n', head, re.IGNORECASE)
     if not name or name[1] == b'LOCAL': b = b[end.end():]
     elif (p := Path(path).parent/name[1].decode(errors='replace')).is_file(): b = p.read_bytes()
     else: return True # ITK says which file it misses

@@ -132,12 +132,13 @@ def check_case(
     values = frozenset(np.unique(seen.mask[1]).tolist()) if seen.mask else frozenset()
     return Checked(case.id, problems, _digest(seen.images), values, tuple(_like_ct(c) for _, x, _ in seen.images for c in x))
 
-# %% ../nbs/01b_check.ipynb #503cef67
+# %% ../nbs/01b_check.ipynb #b1622702
 def _incomplete(dataset):
     "Files without a partner"
     for path, why in dataset.unpaired.items():
         extra = why in ('mask without an image', 'belongs to no case of dataset.json')
-        yield Problem(split_name(path)[0], path, 'warning' if extra else 'error', 'extra' if extra else 'missing', why, 'add what is missing, or move this file out of the dataset')
+        case = split_name(path)[0].removesuffix('_0000' if dataset.layout == 'nnunet' else '')
+        yield Problem(case, path, 'warning' if extra else 'error', 'extra' if extra else 'missing', why, 'add what is missing, or move this file out of the dataset')
 
 # %% ../nbs/01b_check.ipynb #ffec89c3
 def _twins(checked, dataset):
@@ -166,7 +167,7 @@ def _unnamed_ct(checked, dataset):
         if name == f'channel {i}' and sum(like) > len(like)/2:
             yield Problem('', '', 'warning', 'modality', f'channel {i} looks like CT in Hounsfield units in {sum(like)} of {len(like)} cases, but nothing says so, and it would not be normalised as CT', "say modalities=['CT'] (--modalities CT) if it is CT")
 
-# %% ../nbs/01b_check.ipynb #3f7d82a2
+# %% ../nbs/01b_check.ipynb #a6059554
 @dataclass(frozen=True, repr=False)
 class Report:
     "What is wrong with a dataset"
@@ -192,7 +193,7 @@ class Report:
         "For a terminal: one line says what and where, the next what was found, the last what to do"
         rows = list(self._rows())
         w = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
-        lines = [f'{a:{w[0]}}  {b:{w[1]}}  {c:{w[2]}}  {file}\n    {message}\n    → {fix}' for a, b, c, file, message, fix in rows]
+        lines = [f'{a:{w[0]}}  {b:{w[1]}}  {c:{w[2]}}  {file}'.rstrip() + f'\n    {message}\n    → {fix}' for a, b, c, file, message, fix in rows]
         return '\n'.join(lines + [self._summary()])
 
     def to_json(self) -> dict:

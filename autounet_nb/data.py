@@ -40,23 +40,23 @@ def _modalities(d, path): # what a dataset.json says, and where it lies
     if not isinstance(names, list) or not names: raise DataError(f'{path}: neither "modality" nor "channel_names" says which channels the images have')
     return tuple(map(str, names))
 
-# %% ../nbs/00_data.ipynb #42d0db4f
+# %% ../nbs/00_data.ipynb #fa8c9885
 def _inside(root, path): # folder of a dataset.json, and a path as it stands there
     "Absolute path of a file that a dataset.json names"
     full = os.path.normpath(os.path.join(root, str(path)))
     if not full.startswith(os.path.join(root, '')): raise DataError(f'{root}/dataset.json: {path!r} leads out of the folder; only files inside it are read')
     return full
 
-def _split_channels(path, n): # the file itself, or NAME_0000, NAME_0001 …
-    stem, suffix = split_name(path)
-    return (path,) if os.path.exists(path) else tuple(f'{os.path.dirname(path)}/{stem}_{i:04}{suffix}' for i in range(n))
+def _split_channels(path, end, n): # NAME.nii.gz where it exists, else NAME_0000.nii.gz, NAME_0001.nii.gz …
+    stem = path.removesuffix(end)
+    return (stem + end,) if os.path.exists(stem + end) else tuple(f'{stem}_{i:04}{end}' for i in range(n))
 
 def _listed(root, d, n):
     "(id, images, mask) of each case that a dataset.json lists"
+    def case(image, label): return split_name(label)[0], _split_channels(_inside(root, image), split_name(image)[1], n), _inside(root, label)
     try:
-        if d.get('dataset'): # an option of nnU-Net 2
-            return [(k, tuple(_inside(root, p) for p in e['images']), _inside(root, e['label'])) for k, e in d['dataset'].items()]
-        return [(split_name(e['label'])[0], _split_channels(_inside(root, e['image']), n), _inside(root, e['label'])) for e in d['training']]
+        if not d.get('dataset'): return [case(e['image'], e['label']) for e in d['training']]
+        return [(k, tuple(_inside(root, p) for p in e['images']), _inside(root, e['label'])) for k, e in d['dataset'].items()] # an option of nnU-Net 2
     except (TypeError, KeyError, AttributeError): raise DataError(f'{root}/dataset.json: the list of cases must give "image" and "label" of each') from None
 
 def _foldered(root, d, n):
@@ -66,7 +66,7 @@ def _foldered(root, d, n):
         if not os.path.isdir(f'{root}/{sub}'): raise DataError(f'{root}: there is a dataset.json but no folder {sub}')
         return {f[:-len(end)] for f in os.listdir(f'{root}/{sub}') if f.endswith(end) and f[0] != '.'}
     ids = {re.sub(r'_\d{4}$', '', k) for k in stems('imagesTr')} | stems('labelsTr')
-    return [(k, tuple(f'{root}/imagesTr/{k}_{i:04}{end}' for i in range(n)), f'{root}/labelsTr/{k}{end}') for k in ids]
+    return [(k, _split_channels(f'{root}/imagesTr/{k}', end, n), f'{root}/labelsTr/{k}{end}') for k in ids]
 
 # %% ../nbs/00_data.ipynb #13b7928f
 def _expand(pattern): # 'a_{t1,t2}.mha' → ['a_t1.mha', 'a_t2.mha'] and ['t1', 't2']
@@ -85,11 +85,12 @@ def _matches(root, files, pattern):
         res[k] = f
     return res
 
-# %% ../nbs/00_data.ipynb #a9be74ea
+# %% ../nbs/00_data.ipynb #b3ae9885
 def _tree(root):
     "All files and DICOM series below a folder, hidden ones left out"
     for d, dirs, files in os.walk(root, followlinks=True):
-        dirs[:] = sorted(o for o in dirs if o[0] != '.' and o != '__MACOSX')
+        here = os.path.realpath(d)
+        dirs[:] = sorted(o for o in dirs if o[0] != '.' and o != '__MACOSX' and not (here + os.sep).startswith(os.path.realpath(f'{d}/{o}') + os.sep)) # no link in circles
         if d != root and is_series(d): yield d
         yield from (os.path.join(d, f) for f in sorted(files) if f[0] != '.')
 
@@ -98,6 +99,7 @@ def _listing(folder):
     paths = [p for p in sorted(Path(folder).iterdir()) if p.name[0] != '.']
     return [str(p) for p in paths if is_series(p) or (p.is_file() and split_name(p)[1])]
 
+# %% ../nbs/00_data.ipynb #a77b6cad
 def _patterned(root, images, labels):
     "(id, images, mask) of each case by two patterns, and the words in braces"
     parts = [_expand(p) for p in ([images] if isinstance(images, str) else images)]
@@ -127,10 +129,12 @@ def _paired(root):
     n = max(map(len, groups.values()), default=1)
     return [(k, tuple(groups.get(k, ())) + (None,)*(n - len(groups.get(k, ()))), labels.get(k)) for k in set(groups) | set(labels)]
 
-# %% ../nbs/00_data.ipynb #d39b47a0
+# %% ../nbs/00_data.ipynb #60e17411
 def _sort_out(triples):
     "Complete `Case`s, and file → reason for what isn't complete"
     cases, unpaired = [], {}
+    for k, n in Counter(k for k, *_ in triples).items():
+        if n > 1: raise DataError(f'case {k} is listed {n} times; every case needs a name of its own')
     for k, images, label in sorted(triples, key=lambda t: t[0]):
         have = [p for p in images if p and os.path.exists(p)]
         masked = label and os.path.exists(label)
@@ -138,9 +142,10 @@ def _sort_out(triples):
         elif len(have) == len(images): unpaired[have[0]] = 'image without a mask'
         elif have: unpaired[have[0]] = f'{len(images) - len(have)} of its {len(images)} channels are missing'
         elif masked: unpaired[label] = 'mask without an image'
-        else: unpaired[images[0]] = 'listed in dataset.json, but not there'
+        else: unpaired[label] = 'listed in dataset.json, but neither image nor mask are there'
     return tuple(cases), unpaired
 
+# %% ../nbs/00_data.ipynb #c2558e9f
 def _strangers(triples):
     "Files beside those of a dataset.json's cases that belong to none of them"
     known = {p for _, images, label in triples for p in (*images, label)}
@@ -156,14 +161,14 @@ def _guess_modalities(cases, words):
     if not found: raise error
     return tuple(o or f'channel {i}' for i, o in enumerate(found.most_common(1)[0][0]))
 
-# %% ../nbs/00_data.ipynb #252c85a2
+# %% ../nbs/00_data.ipynb #004e2860
 def _recognise(root, images, labels):
     "Layout, what the dataset.json says, (id, images, mask) of each case, and names of channels"
     path, at = f'{root}/dataset.json', lambda sub: os.path.isdir(f'{root}/{sub}')
     if images: return ('pairs', {}, *_patterned(root, images, labels))
     if os.path.exists(path):
         d = read_json(path)
-        if not isinstance(d, dict) or 'labels' not in d: raise DataError(f'{path}: this describes no dataset, it has no "labels"')
+        if not isinstance(d, dict): raise DataError(f'{path}: this describes no dataset; it needs "labels" and "modality" or "channel_names"')
         names = _modalities(d, path)
         if 'channel_names' in d or not d.get('training'): return 'nnunet', d, (_listed if d.get('dataset') else _foldered)(root, d, len(names)), names
         found = _listed(root, d, len(names))
@@ -186,13 +191,15 @@ def scan(
     layout, d, found, names = _recognise(root, images, labels)
     cases, unpaired = _sort_out(found)
     if d: unpaired.update(_strangers(found))
-    if not cases: raise DataError(f'{root}: holds no image with a mask' + ''.join(f'; {p}: {why}' for p, why in list(unpaired.items())[:1]))
+    if not cases:
+        lone = next((f' ({p}: {why})' for p, why in unpaired.items()), '')
+        raise DataError(f'{root}: holds no image with a mask of the same name{lone}; if they are named differently, say how by patterns, as in images="images/*.nii.gz", labels="labels/*_seg.nii.gz"')
     if layout == 'pairs': names = _guess_modalities(cases, names)
     if modalities:
         given = (modalities,) if isinstance(modalities, str) else tuple(modalities)
         if len(given) != len(names): raise DataError(f'{root}: {len(given)} modalities are given, the images have {len(names)} channels')
         names = given
-    values = _classes(classes or d['labels'], f'{root}/dataset.json') if classes or d else {}
+    values = _classes(classes or d.get('labels'), f'{root}/dataset.json') if classes or d else {}
     return Dataset(str(d.get('name') or Path(root).name), root, layout, names, values, cases, unpaired)
 
 # %% ../nbs/00_data.ipynb #c3fdd228

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['nonzero_box', 'nonzero_mask', 'ValueCounts', 'fingerprint_case', 'Fingerprint', 'extract_fingerprint']
 
-# %% ../nbs/02_fingerprint.ipynb #f4fc9934
-import hashlib, json, math, os, zipfile, zlib
+# %% ../nbs/02_fingerprint.ipynb #8ef7dce8
+import hashlib, json, math, os
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import partial
@@ -28,23 +28,25 @@ def nonzero_box(
     hits = [np.flatnonzero(h) for h in (m.any((1, 2)), yx.any(1), yx.any(0))]
     return tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
 
-# %% ../nbs/02_fingerprint.ipynb #b49f8b4b
+# %% ../nbs/02_fingerprint.ipynb #2ad311ce
 def nonzero_mask(
     image, # (c,z,y,x)
 ) -> np.ndarray: # bool (z,y,x)
     "Voxels where any channel is nonzero, holes filled"
     res, box = np.zeros(image.shape[1:], bool), nonzero_box(image)
     part = (image[(slice(None), *box)] != 0).any(0)
-    res[box] = binary_fill_holes(part.squeeze()).reshape(part.shape)
+    res[box] = binary_fill_holes(part if len(res) > 1 else part[0])
     return res
 
-# %% ../nbs/02_fingerprint.ipynb #8d516c3a
+# %% ../nbs/02_fingerprint.ipynb #2d30c9fc
+_largest = np.float32((2 - 2**-13)*2.**127) # of 14 bits; some files fill the outside with the largest float32
+
 def _rounded(
     x, # float32
 ):
     "To 14 significant bits: whole numbers to 16384 stay, others change by at most 2**-14 of their size"
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + np.uint32(512)) & np.uint32(0xfffffc00)).view(np.float32)
+    return np.clip(((bits + np.uint32(512)) & np.uint32(0xfffffc00)).view(np.float32), -_largest, _largest)
 
 # %% ../nbs/02_fingerprint.ipynb #7045d2ba
 @dataclass(frozen=True)
@@ -86,165 +88,222 @@ class ValueCounts:
         lo, hi = self.values[np.searchsorted(ends, [int(pos), math.ceil(pos)], side='right')].astype(float)
         return float(np.clip(lo + (hi - lo)*(pos % 1), self.min, self.max))
 
-# %% ../nbs/02_fingerprint.ipynb #eb663d06
+# %% ../nbs/02_fingerprint.ipynb #883acc30
+def _classes(
+    label, # (z,y,x)
+) -> tuple: # two dicts: label value → voxels, label value → components
+    "Voxels and connected components (26 neighbours) of every foreground class"
+    y = np.ascontiguousarray(label[nonzero_box(label[None])])
+    values, voxels = np.unique(y[y > 0], return_counts=True)
+    whole, n = cc3d.connected_components(y, connectivity=26, return_N=True)
+    value = np.zeros(n + 1, np.int64) # of each component
+    value[whole[y > 0]] = y[y > 0]
+    return dict(zip(values.tolist(), voxels.tolist())), {v: int((value == v).sum()) for v in values.tolist()}
+
+# %% ../nbs/02_fingerprint.ipynb #9e4a13e5
 class _Facts(NamedTuple):
     "What the fingerprint needs of one case"
     id: str
-    shape: list
-    spacing: list
-    cropped_shape: list
+    shape: list # voxels, (z,y,x)
+    spacing: list # mm, (z,y,x)
+    cropped_shape: list # voxels, (z,y,x)
     voxels: dict # label value → voxels
     parts: dict # label value → connected components
-    counts: tuple # a `ValueCounts` per channel
+    counts: tuple = () # a `ValueCounts` per channel
 
-def _classes(
-    label, # (z,y,x)
-):
-    "Voxels and connected components (26 neighbours) of every value but 0"
-    values, voxels = np.unique(label[label > 0], return_counts=True)
-    whole, n = cc3d.connected_components(label, connectivity=26, return_N=True)
-    of = np.zeros(n + 1, np.int64); of[whole.ravel()] = label.ravel()
-    return dict(zip(values.tolist(), voxels.tolist())), {int(v): int((of[1:] == v).sum()) for v in values}
+def _measure(
+    case, # `Case`
+) -> _Facts:
+    "Read one case and measure it"
+    _, image, label, geometry = read_case(case)
+    if label is None: raise DataError(f'case {case.id}: it has no mask; draw one or leave the case out')
+    if label.min() < 0: raise DataError(f'case {case.id}: mask {case.label} holds the value {label.min()}; background is 0, classes are above')
+    box = nonzero_box(image)
+    y = label[box]
+    try: counts = tuple(ValueCounts().add(c[box][y > 0]) for c in image)
+    except DataError as e: raise DataError(f'case {case.id}: under the mask, {e}; repair the image') from None
+    return _Facts(case.id, list(label.shape), list(geometry.spacing), list(y.shape), *_classes(y), counts)
 
-# %% ../nbs/02_fingerprint.ipynb #b0cfd985
-_version = 1 # of the facts and of fingerprint.json
+# %% ../nbs/02_fingerprint.ipynb #0920872c
+_version = 1 # of these facts and of fingerprint.json
 
 def _key(
     case, # `Case`
 ):
     "Changes when a file of the case changes"
-    files = [f for p in (*case.images, case.label) if p for f in (sorted(Path(p).iterdir()) if os.path.isdir(p) else [Path(p)]) if f.exists()]
-    text = json.dumps([_version, case.id] + [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-    return hashlib.sha1(text.encode()).hexdigest()
+    paths = [Path(p) for p in (*case.images, case.label) if p]
+    files = [f for p in paths for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.exists()] # a DICOM series is a folder
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha1(json.dumps([_version, case.id, stats]).encode()).hexdigest()
 
-def _store(
+def _remember(
     facts, # `_Facts`
-    key, # of the files it comes from
+    key, # of the files they come from
     path, # .npz
 ):
-    "Write the facts of a case, whole or not at all"
-    head = {**facts._asdict(), 'counts': [(float(c.total), float(c.squares), c.min, c.max) for c in facts.counts], 'key': key}
+    "Keep the facts of a case, as numbers and JSON"
+    sums = [(float(c.total), float(c.squares), c.min, c.max) for c in facts.counts]
     arrays = {f'{k}_{i}': getattr(c, k) for i, c in enumerate(facts.counts) for k in ('values', 'counts')}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{os.getpid()}.{path.name}')
-    with open(tmp, 'wb') as f: np.savez_compressed(f, head=json.dumps(head), **arrays)
-    os.replace(tmp, path)
+    with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, head=json.dumps({**facts._asdict(), 'counts': sums, 'key': key}), **arrays)
 
-def _stored(
+def _recall(
     path, # .npz
     key, # of the files as they are now
 ):
-    "The facts of a case as stored, or None where they are missing, damaged or of other files"
+    "The facts of a case as kept, or None where there are none, or damaged ones, or those of other files"
     try:
         with np.load(path, allow_pickle=False) as f:
             head = json.loads(str(f['head']))
             if head.pop('key') != key: return None
-            counts = tuple(ValueCounts(f[f'values_{i}'], f[f'counts_{i}'], Fraction(s), Fraction(q), lo, hi) for i, (s, q, lo, hi) in enumerate(head.pop('counts')))
-            for k in ('voxels', 'parts'): head[k] = {int(v): n for v, n in head[k].items()}
+            counts = tuple(ValueCounts(f[f'values_{i}'], f[f'counts_{i}'], Fraction(t), Fraction(q), lo, hi) for i, (t, q, lo, hi) in enumerate(head.pop('counts')))
+            for k in ('voxels', 'parts'): head[k] = {int(v): n for v, n in head[k].items()} # JSON has only text as keys
             return _Facts(**head, counts=counts)
-    except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error): return None
+    except Exception: return None # half a file fails in a dozen ways, and measuring again is right in all of them
 
-# %% ../nbs/02_fingerprint.ipynb #f1463c58
+# %% ../nbs/02_fingerprint.ipynb #4bded2f2
 def fingerprint_case(
     case, # `Case`
-    cache=None, # folder that remembers cases already measured
-):
-    "Measure one case: shapes, spacing, intensities under the mask, voxels and components per class"
-    path, key = Path(cache or '.')/f'{case.id}.npz', _key(case)
-    if cache and (known := _stored(path, key)): return known
-    image, label, geometry = read_case(case)[1:]
-    if label is None: raise DataError(f'case {case.id}: has no mask; leave it out or draw one')
-    if label.min() < 0: raise DataError(f'case {case.id}: mask {case.label} holds {label.min()}; label values are 0 and above')
-    box = nonzero_box(image)
-    y = label[box]
-    try: counts = tuple(ValueCounts().add(c[box][y > 0]) for c in image)
-    except DataError as e: raise DataError(f'case {case.id}: {e}; repair the image') from None
-    facts = _Facts(case.id, list(label.shape), list(geometry.spacing), list(y.shape), *_classes(y), counts)
-    if cache: _store(facts, key, path)
+    cache=None, # folder that keeps what was measured
+): # shapes, spacing, voxels and components per class, `ValueCounts` per channel
+    "Measure one case, or recall it"
+    if not cache: return _measure(case)
+    path, key = Path(cache)/f'{case.id}.npz', _key(case)
+    if (facts := _recall(path, key)) is None:
+        facts = _measure(case)
+        _remember(facts, key, path)
     return facts
 
-# %% ../nbs/02_fingerprint.ipynb #f6f27a9b
+# %% ../nbs/02_fingerprint.ipynb #22064768
+def _flaw(d): # the fields of a fingerprint
+    "What is wrong with them, or None"
+    if not d['cases']: return 'it lists no case'
+    if len(d['intensities']) != len(d['modalities']): return f'it describes {len(d["intensities"])} channels and names {len(d["modalities"])}'
+    for c in d['cases']:
+        for k in ('shape', 'spacing', 'cropped_shape'):
+            v = c.get(k) if isinstance(c, dict) else None
+            if not isinstance(v, list) or len(v) != 3 or not all(isinstance(o, (int, float)) and 0 < o < math.inf for o in v): return f'{k} of a case is {v} instead of three positive numbers'
+
+def _times(v): return ' × '.join(f'{o:.4g}' for o in v)
+
 @dataclass(frozen=True, repr=False)
 class Fingerprint:
-    "What a dataset is like; shapes and spacings are (z,y,x), spacings in mm"
+    "What a dataset is like; shapes are (z,y,x) in voxels, spacings in mm"
     version: int # of the format
     name: str # of the dataset
-    dim: int # 2 where every case has one slice
+    dim: int # 2 where every case is one slice, else 3
     modalities: list # a description per channel
     labels: dict # class → value, background first
-    cases: list # of id, shape, spacing, cropped_shape
-    intensities: list # per channel: mean, sd, p00_5, p50, p99_5, min, max of all foreground voxels
+    cases: list # dicts of id, shape, spacing, cropped_shape
+    intensities: list # per channel, of all voxels under all masks: mean, sd, p00_5, p50, p99_5, min, max
     class_voxels: dict # class → voxels
-    one_component: dict # class → does it form one component in every case that has it?
+    one_component: dict # class → is it one component in every case that has it?
 
     @property
     def n(self): return len(self.cases)
     @property
-    def median_spacing(self): return tuple(float(s) for s in np.median([c['spacing'] for c in self.cases], axis=0))
-    def shapes_at(self, spacing): # shape of every cropped case, resampled to a spacing
-        return [tuple(max(1, math.floor(n*s/t + .5)) for n, s, t in zip(c['cropped_shape'], c['spacing'], spacing)) for c in self.cases]
+    def median_spacing(self): return tuple(np.median([c['spacing'] for c in self.cases], axis=0).tolist())
     @property
     def median_shape(self): return tuple(math.floor(n + .5) for n in np.median(self.shapes_at(self.median_spacing), axis=0))
     @property
-    def size_ratio(self): # mean voxels after cropping / before
-        return sum(math.prod(c['cropped_shape']) for c in self.cases)/sum(math.prod(c['shape']) for c in self.cases)
+    def size_ratio(self): return sum(math.prod(c['cropped_shape']) for c in self.cases)/sum(math.prod(c['shape']) for c in self.cases)
+
+    def shapes_at(self, spacing): # shape of every cropped case, resampled to a spacing
+        return [tuple(max(1, math.floor(n*s/t + .5)) for n, s, t in zip(c['cropped_shape'], c['spacing'], spacing)) for c in self.cases]
+
+    def _rows(self):
+        span = lambda k: ' to '.join(_times(f([c[k] for c in self.cases], axis=0)) for f in (np.min, np.max))
+        yield 'cases', f'{self.n}, {self.dim}D'
+        yield 'spacing', f'{_times(self.median_spacing)} mm; all: {span("spacing")}'
+        yield 'shape', f'{_times(self.median_shape)} at that spacing; as scanned: {span("shape")}'
+        yield 'cropping', f'keeps {self.size_ratio:.0%} of the voxels'
+        for m, s in zip(self.modalities, self.intensities): yield m, f'mean {s["mean"]:.5g}, sd {s["sd"]:.5g}, 0.5 to 99.5 %: {s["p00_5"]:.5g} to {s["p99_5"]:.5g}'
+        for k, n in self.class_voxels.items(): yield f'{self.labels[k]} {k}', f'{n} voxels' + ', always one component'*self.one_component[k]
+    def __repr__(self): return '\n'.join([f'Fingerprint of {self.name}', *(f'  {k:14} {v}' for k, v in self._rows())])
+    def _repr_html_(self):
+        cell = 'td style="text-align:left"'
+        return f'<b>Fingerprint of {escape(self.name)}</b><table>' + ''.join(f'<tr><{cell}>{escape(k)}</td><{cell}>{escape(v)}</td></tr>' for k, v in self._rows()) + '</table>'
 
     def save(self, path): write_json(path, asdict(self))
     @classmethod
     def load(cls, path):
+        "Read a fingerprint.json; it may come from somebody else, so it is looked at closely"
         d, names = read_json(path), [f.name for f in fields(cls)]
-        if not isinstance(d, dict) or sorted(d) != sorted(names): raise DataError(f'{path}: not a fingerprint; it must have the fields {", ".join(names)}')
-        if d['version'] != _version: raise DataError(f'{path}: has version {d["version"]}, this program reads version {_version}; extract the fingerprint anew')
+        if not isinstance(d, dict) or set(d) != set(names): raise DataError(f'{path}: not a fingerprint, which has the fields {", ".join(names)}')
+        if d['version'] != _version: raise DataError(f'{path}: has version {d["version"]}, read is version {_version}; extract the fingerprint anew')
+        if why := _flaw(d): raise DataError(f'{path}: {why}; extract the fingerprint anew')
         return cls(**d)
 
-# %% ../nbs/02_fingerprint.ipynb #65093f16
+# %% ../nbs/02_fingerprint.ipynb #df13b0f5
+def _misfit(
+    case, facts, # `Case`, `_Facts`
+    dataset, # `Dataset`
+    channels, # expected
+):
+    "What is wrong with a case beside the others, or None"
+    if len(facts.counts) != channels: return f'case {case.id}: has {len(facts.counts)} channels, the dataset {channels}; bring all cases to the same channels'
+    alien = set(facts.voxels) - set(dataset.labels.values())
+    if dataset.labels and alien: return f'case {case.id}: mask {case.label} holds the value {min(alien)}, the classes are {dataset.labels}; correct the mask or name the class'
+
+def _results(
+    dataset, # `Dataset`
+    cache, # folder, or None
+    workers, # processes
+):
+    "Pairs of `Case` and `_Facts` or exception: those kept from before, then the others as they finish"
+    todo = []
+    for case in dataset:
+        facts = _recall(cache/f'{case.id}.npz', _key(case)) if cache else None
+        if facts: yield case, facts
+        else: todo.append(case)
+    yield from pmap(partial(fingerprint_case, cache=cache), todo, workers, desc='fingerprint')
+
+def _collect(
+    dataset, # `Dataset`
+    results, # pairs of `Case` and `_Facts` or exception
+):
+    "Facts of all cases in order, without their values; the values of all cases together, per channel"
+    facts, bad, pool, channels = {}, [], {}, len(dataset.modalities)
+    for case, f in results:
+        if isinstance(f, DataError): bad.append(str(f)); continue
+        if isinstance(f, Exception): raise f
+        channels = channels or len(f.counts)
+        if why := _misfit(case, f, dataset, channels): bad.append(why); continue
+        for i, c in enumerate(f.counts): pool[i] = pool.get(i, ValueCounts()).merge(c)
+        facts[case.id] = f._replace(counts=())
+    if bad: raise DataError(f'{len(bad)} of {len(dataset)} cases cannot be used:\n' + '\n'.join(sorted(bad)))
+    return [facts[c.id] for c in dataset], list(pool.values())
+
+# %% ../nbs/02_fingerprint.ipynb #d8cabdd7
 def _labels(dataset, facts):
-    "Class → value: as the dataset names them, else from the values found"
+    "Class → value: as the dataset says, else from the values found"
     found = sorted(set().union(*[f.voxels for f in facts]))
-    if not found: raise DataError(f'{dataset.name}: every mask is empty, so there is nothing to learn')
+    if not found: raise DataError(f'{dataset.name}: all {len(facts)} masks are empty, so there is nothing to learn')
     if not dataset.labels: return {'background': 0, **{f'class_{v}': v for v in found}}
     return dict(sorted(dataset.labels.items(), key=lambda o: o[1]))
 
-def _modalities(dataset, facts, channels):
+def _modalities(dataset, dim, channels):
+    "Names of the channels: as the dataset says, else as they usually are"
     if dataset.modalities: return list(dataset.modalities)
-    return ['R', 'G', 'B'] if channels == 3 and len(dataset[0].images) == 1 and all(f.shape[0] == 1 for f in facts) else [f'channel {i}' for i in range(channels)]
+    return ['R', 'G', 'B'] if dim == 2 and channels == 3 else [f'channel {i}' for i in range(channels)]
 
-def _misfit(case, facts, dataset, channels):
-    "What is wrong with a case beside the others, or None"
-    if len(facts.counts) != channels: return f'case {case.id}: has {len(facts.counts)} channels where {channels} are expected'
-    alien = set(facts.voxels) - set(dataset.labels.values())
-    if dataset.labels and alien: return f'case {case.id}: mask {case.label} holds the value {min(alien)}, but the classes are {dataset.labels}; correct the mask or name the class'
+def _intensities(counts): # `ValueCounts`
+    return dict(mean=counts.mean, sd=counts.sd, p00_5=counts.percentile(.5), p50=counts.percentile(50), p99_5=counts.percentile(99.5), min=counts.min, max=counts.max)
 
+# %% ../nbs/02_fingerprint.ipynb #07751912
 def extract_fingerprint(
     dataset, # `Dataset` with masks
-    work=None, # folder: remembers measured cases in it, writes fingerprint.json
-    workers=None, # processes; None: one per CPU
+    work=None, # folder to keep measured cases in and to write fingerprint.json to
+    workers=None, # processes; None takes every CPU, 1 stays in this process
     anonymous=False, # number the cases instead of naming them
 ) -> Fingerprint:
     "Measure all cases of a dataset"
     cache = Path(work)/'fingerprint' if work else None
-    facts, bad, pool, channels = {}, [], {}, len(dataset.modalities)
-    def take(case, f):
-        nonlocal channels
-        channels = channels or len(f.counts)
-        if (why := _misfit(case, f, dataset, channels)): bad.append(why); return
-        for i, c in enumerate(f.counts): pool[i] = pool.get(i, ValueCounts()).merge(c)
-        facts[case.id] = f._replace(counts=())
-    todo = []
-    for case in dataset:
-        if cache and (f := _stored(cache/f'{case.id}.npz', _key(case))): take(case, f)
-        else: todo.append(case)
-    for case, f in pmap(partial(fingerprint_case, cache=cache), todo, workers, desc='fingerprint'):
-        if isinstance(f, Exception): bad.append(str(f))
-        else: take(case, f)
-    if bad: raise DataError(f'{len(bad)} of {len(dataset)} cases cannot be used:\n' + '\n'.join(sorted(bad)))
-    fs = [facts[c.id] for c in dataset]
-    labels = _labels(dataset, fs)
-    fg = {k: v for k, v in labels.items() if v}
-    ids = [f'case_{i+1:03}' for i in range(len(fs))] if anonymous else [f.id for f in fs]
-    stats = [dict(mean=c.mean, sd=c.sd, p00_5=c.percentile(.5), p50=c.percentile(50), p99_5=c.percentile(99.5), min=c.min, max=c.max) for c in pool.values()]
-    res = Fingerprint(_version, dataset.name, 2 if all(f.shape[0] == 1 for f in fs) else 3, _modalities(dataset, fs, channels), labels,
-        [dict(id=i, shape=list(f.shape), spacing=list(f.spacing), cropped_shape=list(f.cropped_shape)) for i, f in zip(ids, fs)], stats,
-        {k: sum(f.voxels.get(v, 0) for f in fs) for k, v in fg.items()}, {k: {f.parts[v] for f in fs if v in f.parts} == {1} for k, v in fg.items()})
+    facts, pool = _collect(dataset, _results(dataset, cache, workers))
+    labels, dim = _labels(dataset, facts), 2 if all(f.shape[0] == 1 for f in facts) else 3
+    classes = {k: v for k, v in labels.items() if v}
+    cases = [dict(id=f'case_{i:03}' if anonymous else f.id, shape=f.shape, spacing=f.spacing, cropped_shape=f.cropped_shape) for i, f in enumerate(facts, 1)]
+    res = Fingerprint(_version, dataset.name, dim, _modalities(dataset, dim, len(pool)), labels, cases, [_intensities(c) for c in pool],
+                      class_voxels={k: sum(f.voxels.get(v, 0) for f in facts) for k, v in classes.items()},
+                      one_component={k: {f.parts[v] for f in facts if v in f.parts} == {1} for k, v in classes.items()})
     if work: res.save(Path(work)/'fingerprint.json')
     return res

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['show_case', 'phantom', 'make_phantoms']
 
-# %% ../nbs/01_phantom.ipynb #63777e1d
+# %% ../nbs/01_phantom.ipynb #e8244a85
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, SimpleITK as sitk
+import cc3d, numpy as np, SimpleITK as sitk
 from .data import *
 
 # %% ../nbs/01_phantom.ipynb #41493730
@@ -29,7 +29,7 @@ def _field(
     for n, c in zip(shape, cells): x = np.tensordot(x, _bspline(n, c), (0, 1))
     return x/max(x.std(), 1e-6)
 
-# %% ../nbs/01_phantom.ipynb #3daa514b
+# %% ../nbs/01_phantom.ipynb #6be7e387
 class _Part(NamedTuple):
     tissue: str # decides the intensity
     label: int # class, 0 where it is not to be found
@@ -37,6 +37,7 @@ class _Part(NamedTuple):
     size: tuple # radii, in radii of the body
     wobble: float = .08 # how much the surface is pushed in and out
     turn: float = 0. # rotation in the (y,x) plane, radians
+    within: tuple = None # a part whose surface it doesn't reach
 
 def _depth(
     part, # `_Part`
@@ -48,7 +49,8 @@ def _depth(
     c, s = np.cos(part.turn), np.sin(part.turn)
     y, x = c*y + s*x, c*x - s*y
     d = sum(np.square(v/r) for v, r in zip((z, y, x), part.size))
-    return 1 - np.sqrt(d, dtype=np.float32) + part.wobble*wobble
+    depth = 1 - np.sqrt(d, dtype=np.float32) + part.wobble*wobble
+    return depth if part.within is None else np.minimum(depth, _depth(part.within, grid, wobble) - .12)
 
 # %% ../nbs/01_phantom.ipynb #315d894b
 def _grid(shape, fill=.95): # the body fills 95 % of the field of view
@@ -80,7 +82,7 @@ def _trunk(rng):
     gas = [_Part('gas', 0, (rng.uniform(-.8, .8), rng.uniform(-.5, -.3), rng.uniform(-.5, .5)), (.2, .1, .13), .15) for _ in range(3)]
     return wall + ribs + gas + [_Part('bone', 0, (0, .52, 0), (9, .16, .19), .1), _Part('vessel', 0, (0, .3, .1), (9, .08, .08), .05)]
 
-# %% ../nbs/01_phantom.ipynb #6ef78d75
+# %% ../nbs/01_phantom.ipynb #4c4a491d
 _names = 'organ', 'lesion', 'cyst', 'gland', 'node', 'duct' # of class 1, 2, …
 
 def _targets(
@@ -93,24 +95,28 @@ def _targets(
     "What is to be found, and what looks like it"
     at = lambda a, far, up=.15: room*(rng.uniform(-up, up), far*np.sin(a), far*np.cos(a))
     mid, big, turn = at(t, .39), room*rng.uniform(.52, .62, 3), rng.uniform(0, np.pi)
-    twins = [_Part('organ', 0, at(t + k, .7, .3), room*(.48, .24, .34)*rng.uniform(.85, 1.15, 3), .1, rng.uniform(0, np.pi)) for k in (2.2, 4.1)]
+    twins = [_Part('twin', 0, at(t + k, .7, .3), room*(.46, .23, .32)*rng.uniform(.85, 1.15, 3), .1, rng.uniform(0, np.pi)) for k in (2.2, 4.1)]
     nodules = [_Part('lesion', 0, at(t + k, rng.uniform(.55, .8), .5), room*(.2, .14, .3)*rng.uniform(.85, 1.15, 3), .15, t + k + 1.6) for k in (1.3, 2.8, 3.4, 5.)]
-    out = twins + nodules + [_Part('capsule', 0, mid, big + .055, .13, turn), _Part('organ', 1, mid, big, .13, turn)]
-    far, small = (.33, .6) if lesions == 1 else (.62, .33)
+    organ = _Part('organ', 1, mid, big, .12, turn)
+    out = twins + nodules + [organ._replace(tissue='capsule', label=0, size=big + .055), organ]
+    far, small = (.27, .6) if lesions == 1 else (.58, .28)
     for k in range(lesions if classes > 1 else 0):
-        out.append(_Part('lesion', 2, mid + big*at(t + np.pi + 2*np.pi*k/lesions, far), big*small*rng.uniform(.9, 1.1, 3), .13))
-    return out + [_Part(_names[k], k + 1, at(t + (1.1, 5.2, 3.1, 4.6)[k - 2], .8), room*(.3, .19, .19)*rng.uniform(.9, 1.1, 3)) for k in range(2, classes)]
+        out.append(_Part('lesion', 2, mid + big/room*at(t + np.pi + 2*np.pi*k/lesions, far), big*small*rng.uniform(.9, 1.1, 3), .13, within=organ))
+    return out + [_Part(_names[k], k + 1, at(t + (1.5, 4.8, 3.1, 2.3)[k - 2], .8), room*(.3, .19, .19)*rng.uniform(.9, 1.1, 3)) for k in range(2, classes)]
 
-# %% ../nbs/01_phantom.ipynb #ff00e89e
-_mri = [dict(air=0, fat=.72, bone=.06, fluid=.12, grey=.3, white=.42, soft=.35, muscle=.45, gas=0, vessel=.8, capsule=.1, organ=.68, lesion=1, cyst=.12, gland=.84, node=.25, duct=.55),
-        dict(air=0, fat=.8, bone=.05, fluid=.95, grey=.55, white=.42, soft=.45, muscle=.35, gas=0, vessel=.1, capsule=.2, organ=.72, lesion=.6, cyst=.9, gland=.3, node=.62, duct=.5),
-        dict(air=0, fat=.5, bone=.05, fluid=.1, grey=.5, white=.42, soft=.4, muscle=.3, gas=0, vessel=.2, capsule=.25, organ=.52, lesion=.9, cyst=.2, gland=.4, node=.75, duct=.6)]
-_ct = dict(air=-1000, fat=-90, bone=380, fluid=8, grey=38, white=30, soft=40, muscle=55, gas=-700, vessel=150, capsule=15, organ=100, lesion=45, cyst=0, gland=160, node=85, duct=20)
-_rough = dict(grey=1.3, white=.8, soft=1, muscle=.5, fluid=0, gas=0) # how uneven a tissue is; .3 where nothing is said
+# %% ../nbs/01_phantom.ipynb #7ec65d60
+_mri = [dict(air=0, fat=.72, bone=.06, fluid=.12, grey=.3, white=.42, soft=.35, muscle=.45, gas=0, vessel=.8, capsule=.1, organ=.68, twin=.68, lesion=1, cyst=.12, gland=.84, node=.25, duct=.55),
+        dict(air=0, fat=.8, bone=.05, fluid=.95, grey=.55, white=.42, soft=.45, muscle=.35, gas=0, vessel=.1, capsule=.2, organ=.72, twin=.72, lesion=.6, cyst=.9, gland=.3, node=.62, duct=.5),
+        dict(air=0, fat=.5, bone=.05, fluid=.1, grey=.5, white=.42, soft=.4, muscle=.3, gas=0, vessel=.2, capsule=.25, organ=.52, twin=.52, lesion=.9, cyst=.2, gland=.4, node=.75, duct=.6)]
+_ct = dict(air=-1000, fat=-90, bone=380, fluid=8, grey=38, white=30, soft=40, muscle=55, gas=-700, vessel=150, capsule=15, organ=100, twin=100, lesion=45, cyst=0, gland=160, node=85, duct=20)
+_rough = dict(grey=1.3, white=.8, soft=1, muscle=.5, twin=.8, fluid=0, gas=0) # how uneven a tissue is; .3 where nothing is said
 
 def _is_ct(modality): return 'ct' in modality.lower() # the paper's own criterion, section Preprocessing, Normalization
 
-# %% ../nbs/01_phantom.ipynb #a63da895
+# %% ../nbs/01_phantom.ipynb #38aca7e3
+def _one_piece(mask): # a bump of the surface may come out as a voxel of its own
+    return cc3d.largest_k(mask, k=1, connectivity=26) > 0
+
 def _paint(
     parts, # list of `_Part`, later ones over earlier ones
     levels, # per channel: tissue → intensity
@@ -127,7 +133,7 @@ def _paint(
         voxels = np.mean(p.size[1:])*min(shape[1:])/2 # of one radius
         share, uneven = np.clip(depth*voxels + .5, 0, 1), _rough.get(p.tissue, .3)*texture[box] # how much of the voxel the part fills
         for x, l in zip(image, levels): x[box] += share*(l[p.tissue] + l['uneven']*uneven - x[box])
-        label[box][depth > 0] = p.label
+        label[box][_one_piece(depth > 0) if p.label else depth > 0] = p.label
     return image, label
 
 # %% ../nbs/01_phantom.ipynb #310f317b
@@ -184,7 +190,7 @@ def show_case(
     if title: fig.suptitle(title)
     return fig
 
-# %% ../nbs/01_phantom.ipynb #2e58e40d
+# %% ../nbs/01_phantom.ipynb #e5f338a2
 def _channels(
     modality, # one for all, or one per channel
     channels, # how many
@@ -192,6 +198,9 @@ def _channels(
     "A modality per channel"
     if not isinstance(modality, str): return list(modality)
     return [modality] if channels == 1 else [f'{modality}_{i + 1}' for i in range(channels)]
+
+def _flat(part): # a slice through the middle of everything
+    return part._replace(at=(0, *part.at[1:]), within=part.within and _flat(part.within))
 
 def phantom(
     shape=(32, 48, 40), # voxels, (z,y,x); one slice makes a 2D phantom
@@ -210,7 +219,7 @@ def phantom(
     ct, mm = _is_ct(mods[0]), np.multiply(shape, spacing)
     room, t = (.8, rng.uniform(0, 2*np.pi)) if not ct else (np.array((.75, .62, .75)), rng.uniform(3.6, 5.8)) # in a trunk the organ lies before the spine
     parts = (_trunk(rng) if ct else _head(rng, skull_stripped)) + _targets(rng, classes, lesions, room*np.ones(3), t)
-    if shape[0] == 1: parts = [p._replace(at=(0, *p.at[1:])) for p in parts] # a slice through the middle of everything
+    if shape[0] == 1: parts = [_flat(p) for p in parts]
     wobble, folds = (_field(shape, n*mm/max(mm[1:]), rng) for n in (7, 14))
     levels = [{k: v*rng.normal(1, .03) for k, v in (_ct if _is_ct(m) else _mri[i % 3]).items()} | {'uneven': 14 if _is_ct(m) else .07} for i, m in enumerate(mods)]
     clean, label = _paint(parts, levels, shape, wobble, 1 - 3*np.exp(-np.square(folds/.3)))
@@ -220,7 +229,7 @@ def phantom(
         image, label = np.maximum(image, 1)*brain, label*brain
     return image.astype(np.float32), label
 
-# %% ../nbs/01_phantom.ipynb #4a3af19f
+# %% ../nbs/01_phantom.ipynb #b8c22ed9
 def _write(
     image, # (c,z,y,x)
     geometry, # `Geometry`
@@ -236,7 +245,7 @@ def _write(
     else:
         ims = [sitk.GetImageFromArray(c.astype(np.int16)) for c in x]
         for i in ims: i.SetSpacing(geometry.spacing[::-1][:geometry.ndim]); i.SetOrigin(geometry.origin)
-        im = ims[0] if len(ims) == 1 else sitk.JoinSeries(ims)
+        im = ims[0] if len(ims) == 1 else sitk.JoinSeries(ims) if geometry.ndim == 3 else sitk.Compose(ims)
     with atomic(path) as tmp: sitk.WriteImage(im, str(tmp), True)
 
 def _varied(

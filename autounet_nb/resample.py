@@ -51,20 +51,18 @@ def _bands(n_in, n_out, order):
         blocks.append((slice(i, min(i + _BLOCK, n_out)), cols, np.ascontiguousarray(m[i:i+_BLOCK, cols])))
     return blocks
 
-# %% ../nbs/05_resample.ipynb #3b009396
+# %% ../nbs/05_resample.ipynb #2540865d
 def _resample_axis(
-    x, # float32, contiguous
+    x, # float32
     axis, # which one changes
     n, # voxels it shall have
     order, # of the spline
 ):
     "Resample one axis"
-    lead, trail = math.prod(x.shape[:axis]), math.prod(x.shape[axis+1:])
-    v, out = x.reshape(lead, x.shape[axis], trail), np.empty((lead, n, trail), np.float32)
-    for rows, cols, w in _bands(x.shape[axis], n, order):
-        if trail == 1: np.matmul(v[:, cols, 0], w.T, out=out[:, rows, 0]) # the last axis: one product for all lines
-        else: np.matmul(w, v[:, cols], out=out[:, rows])
-    return out.reshape(*x.shape[:axis], n, *x.shape[axis+1:])
+    out = np.empty((*x.shape[:axis], n, *x.shape[axis+1:]), np.float32)
+    old, new = x.swapaxes(axis, -2), out.swapaxes(axis, -2)
+    for rows, cols, w in _bands(x.shape[axis], n, order): np.matmul(w, old[..., cols, :], out=new[..., rows, :])
+    return out
 
 # %% ../nbs/05_resample.ipynb #2b04e1a2
 def _cheapest(
@@ -80,7 +78,7 @@ def _cheapest(
         return total
     return min(permutations(a for a in range(3) if old[a] != new[a]), key=written)
 
-# %% ../nbs/05_resample.ipynb #401c7378
+# %% ../nbs/05_resample.ipynb #7d64f37f
 def resample(
     x, # image (c,z,y,x) or (z,y,x)
     shape, # voxels it shall have, (z,y,x)
@@ -88,7 +86,7 @@ def resample(
 ): # float32; `x` itself where it has this shape and type already
     "Resample an image with a spline, one axis after the other (Preprocessing, Resampling)"
     if len(shape) != 3 or min(shape) < 1: raise DataError(f'an image is resampled to three sizes of at least 1, not to {tuple(shape)}')
-    x = np.ascontiguousarray(x, np.float32)
+    x = np.asarray(x, np.float32)
     for a in _cheapest(x.shape[-3:], shape): x = _resample_axis(x, x.ndim - 3 + a, shape[a], order)
     return x
 

@@ -7,13 +7,16 @@ __all__ = ['kfold_splits', 'work_splits', 'ForegroundDice', 'Journal', 'plot_his
            'PaperSchedule', 'one_cycle', 'Budget', 'save_tensors', 'load_tensors', 'Checkpoint', 'ChannelsLast',
            'get_learner', 'fit_learner', 'train_fold', 'load_model']
 
-# %% ../nbs/11_train.ipynb #b95ef0bd
+# %% ../nbs/11_train.ipynb #09b55d77
 from functools import partial
 from pathlib import Path
-import csv, json, os, time
+import csv, json, os, sys, time
+from contextlib import nullcontext
 import numpy as np, torch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file, load_file
+from fastcore.imports import in_notebook
+from fastcore.xtras import ContextManagers
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner, Metric
@@ -69,11 +72,11 @@ class ForegroundDice(Metric):
     @property
     def name(self): return 'dice'
 
-# %% ../nbs/11_train.ipynb #85bd6636
+# %% ../nbs/11_train.ipynb #27832ddd
 class Journal(Callback):
     "Counts steps and seconds, collects losses and Dice per epoch, and writes them to `folder`"
     order = 65
-    def __init__(self, folder=None): self.folder, self.history, self.step, self.seconds = folder and Path(folder), [], 0, 0.
+    def __init__(self, folder=None, talk=False): self.folder, self.talk, self.history, self.step, self.seconds = folder and Path(folder), talk, [], 0, 0.
 
     def before_fit(self): self.started = time.monotonic() - self.seconds
     def before_train(self):
@@ -96,6 +99,14 @@ class Journal(Callback):
         self.history.append(dict(epoch=len(self.history), step=self.step, seconds=round(self.seconds, 1), lr=self.opt.hypers[-1]['lr'],
                                  train_loss=mean(True), valid_loss=mean(False), dice=self.recorder.log[-2] if len(self.recorder.log) > 3 else None))
         if self.folder: write_history(self.folder, self.history)
+        if self.talk: print(self._line(), flush=True)
+
+    def _line(self):
+        "The last epoch in words"
+        row, p = self.history[-1], getattr(self.learn.schedule, 'progress', lambda: 0)()
+        left = f', about {self.seconds * (1 / p - 1) / 60:.1f} minutes left' if 0 < p < 1 else ''
+        show = lambda v: '–' if v is None else f'{v:.3f}'
+        return f'epoch {row["epoch"]}: step {row["step"]}, loss {show(row["train_loss"])}, validation {show(row["valid_loss"])}, Dice {show(row["dice"])}, {row["seconds"]:.0f} s{left}'
 
 # %% ../nbs/11_train.ipynb #a1599d28
 def plot_history(
@@ -254,7 +265,7 @@ class Checkpoint(Callback):
         for cb, state in zip(self._parts(), info['parts']): cb.state = state
         return True
 
-# %% ../nbs/11_train.ipynb #b7655d8c
+# %% ../nbs/11_train.ipynb #e7660a2e
 class ChannelsLast(Callback):
     "Lays out network and batches with the channels of a voxel side by side"
     order = -5
@@ -289,6 +300,12 @@ def get_learner(
     learn.schedule, learn.stop = schedule, False
     return learn
 
+def _bars(learn):
+    "fastai's bars where somebody watches, a notebook or a terminal; elsewhere one printed line per epoch"
+    if in_notebook() or sys.stdout.isatty(): return nullcontext()
+    learn.journal.talk = True
+    return ContextManagers([learn.no_bar(), learn.no_logging()])
+
 def fit_learner(
     learn, # from `get_learner`
 ):
@@ -297,7 +314,8 @@ def fit_learner(
     epochs = learn.schedule.epochs if isinstance(learn.schedule, Budget) else learn.schedule.max_epochs
     left = epochs - len(learn.journal.history)
     if isinstance(learn.schedule, Budget) and learn.schedule.steps and learn.journal.step >= learn.schedule.steps: left = 0
-    if left > 0: learn.fit(left)
+    if left > 0:
+        with _bars(learn): learn.fit(left)
     return learn
 
 # %% ../nbs/11_train.ipynb #bbe9db56
