@@ -29,7 +29,7 @@ def _field(
     for n, c in zip(shape, cells): x = np.tensordot(x, _bspline(n, c), (0, 1))
     return x/max(x.std(), 1e-6)
 
-# %% ../nbs/01_phantom.ipynb #6be7e387
+# %% ../nbs/01_phantom.ipynb #3371c887
 class _Part(NamedTuple):
     tissue: str # decides the intensity
     label: int # class, 0 where it is not to be found
@@ -50,7 +50,7 @@ def _depth(
     y, x = c*y + s*x, c*x - s*y
     d = sum(np.square(v/r) for v, r in zip((z, y, x), part.size))
     depth = 1 - np.sqrt(d, dtype=np.float32) + part.wobble*wobble
-    return depth if part.within is None else np.minimum(depth, _depth(part.within, grid, wobble) - .12)
+    return depth if part.within is None else np.minimum(depth, _depth(part.within, grid, wobble) - .16)
 
 # %% ../nbs/01_phantom.ipynb #315d894b
 def _grid(shape, fill=.95): # the body fills 95 % of the field of view
@@ -82,7 +82,7 @@ def _trunk(rng):
     gas = [_Part('gas', 0, (rng.uniform(-.8, .8), rng.uniform(-.5, -.3), rng.uniform(-.5, .5)), (.2, .1, .13), .15) for _ in range(3)]
     return wall + ribs + gas + [_Part('bone', 0, (0, .52, 0), (9, .16, .19), .1), _Part('vessel', 0, (0, .3, .1), (9, .08, .08), .05)]
 
-# %% ../nbs/01_phantom.ipynb #4c4a491d
+# %% ../nbs/01_phantom.ipynb #8439f9c9
 _names = 'organ', 'lesion', 'cyst', 'gland', 'node', 'duct' # of class 1, 2, …
 
 def _targets(
@@ -96,7 +96,7 @@ def _targets(
     at = lambda a, far, up=.15: room*(rng.uniform(-up, up), far*np.sin(a), far*np.cos(a))
     mid, big, turn = at(t, .39), room*rng.uniform(.52, .62, 3), rng.uniform(0, np.pi)
     twins = [_Part('twin', 0, at(t + k, .7, .3), room*(.46, .23, .32)*rng.uniform(.85, 1.15, 3), .1, rng.uniform(0, np.pi)) for k in (2.2, 4.1)]
-    nodules = [_Part('lesion', 0, at(t + k, rng.uniform(.55, .8), .5), room*(.2, .14, .3)*rng.uniform(.85, 1.15, 3), .15, t + k + 1.6) for k in (1.3, 2.8, 3.4, 5.)]
+    nodules = [_Part('lesion', 0, at(t + k, rng.uniform(.55, .8), .5), room*(.2, .17, .34)*rng.uniform(.85, 1.15, 3), .15, t + k + 1.6) for k in (1.3, 2.8, 3.4, 5.)]
     organ = _Part('organ', 1, mid, big, .12, turn)
     out = twins + nodules + [organ._replace(tissue='capsule', label=0, size=big + .055), organ]
     far, small = (.27, .6) if lesions == 1 else (.58, .28)
@@ -113,7 +113,7 @@ _rough = dict(grey=1.3, white=.8, soft=1, muscle=.5, twin=.8, fluid=0, gas=0) # 
 
 def _is_ct(modality): return 'ct' in modality.lower() # the paper's own criterion, section Preprocessing, Normalization
 
-# %% ../nbs/01_phantom.ipynb #38aca7e3
+# %% ../nbs/01_phantom.ipynb #9b062082
 def _one_piece(mask): # a bump of the surface may come out as a voxel of its own
     return cc3d.largest_k(mask, k=1, connectivity=26) > 0
 
@@ -134,6 +134,8 @@ def _paint(
         share, uneven = np.clip(depth*voxels + .5, 0, 1), _rough.get(p.tissue, .3)*texture[box] # how much of the voxel the part fills
         for x, l in zip(image, levels): x[box] += share*(l[p.tissue] + l['uneven']*uneven - x[box])
         label[box][_one_piece(depth > 0) if p.label else depth > 0] = p.label
+    organ = label == 1
+    label[organ & ~_one_piece(organ)] = 0 # what a lesion cut off
     return image, label
 
 # %% ../nbs/01_phantom.ipynb #310f317b

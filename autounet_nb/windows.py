@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BATCH_VOXELS', 'gaussian_window', 'sliding_window']
 
-# %% ../nbs/11b_windows.ipynb #5054a3ee
-from itertools import combinations, product
+# %% ../nbs/11b_windows.ipynb #e2b13caf
+from itertools import combinations, islice, product
 from typing import NamedTuple
 import functools, math
 import numpy as np, torch
@@ -74,7 +74,7 @@ def _mirrored(net, x, slice_axis, tta):
     copies = [c for n in range(len(axes) + 1) for c in combinations(axes, n)]
     return sum(_softmax(net, x.flip(c), slice_axis).flip(c) for c in copies)/len(copies)
 
-# %% ../nbs/11b_windows.ipynb #f7917dcf
+# %% ../nbs/11b_windows.ipynb #597bc02a
 BATCH_VOXELS = {'cpu': 2**18, 'cuda': 2**22} # voxels per forward pass; more of them are not faster
 
 @torch.inference_mode()
@@ -96,8 +96,8 @@ def sliding_window(
     device = torch.device(device or next((p.device for p in net.parameters()), 'cpu'))
     batch = batch or max(1, BATCH_VOXELS.get(device.type, 2**22)//math.prod(size))
     out = np.zeros((classes, *x.shape[1:]), np.float32) if out is None else out
-    total, windows = torch.from_numpy(out), list(_windows(x.shape[1:], size, overlap))
-    for some in (windows[i:i + batch] for i in range(0, len(windows), batch)):
+    total, windows = torch.from_numpy(out), _windows(x.shape[1:], size, overlap)
+    while some := list(islice(windows, batch)):
         xs = torch.from_numpy(np.stack([read_patch(x, w.start, size) for w in some])).float()
         ps = _mirrored(net, xs.to(device), slice_axis, tta).cpu()
         if ps.shape[1] != classes: raise DataError(f'the network tells {ps.shape[1]} classes apart, but {classes} are asked for; use the weights that belong to this plan')
