@@ -88,7 +88,7 @@ def _bspline(
     d = ((torch.arange(n) + .5)[:, None] / n * (points - 3) + 1 - torch.arange(points)).abs()
     return torch.where(d < 1, (4 - 6 * d**2 + 3 * d**3) / 6, (2 - d).clamp(min=0)**3 / 6)
 
-# %% ../nbs/09_augment.ipynb #0c5a5bd7
+# %% ../nbs/09_augment.ipynb #08b9f138
 def _rotation(
     angle, # (b, 3) radians about each axis, or (b, 1) in the plane
 ):
@@ -96,7 +96,9 @@ def _rotation(
     d = 3 if angle.shape[1] == 3 else 2
     about = torch.zeros(angle.shape[1], d, d)
     for k, (i, j) in enumerate([(1, 2), (2, 0), (0, 1)] if d == 3 else [(0, 1)]): about[k, i, j], about[k, j, i] = -1, 1
-    return torch.linalg.matrix_exp(torch.tensordot(angle, about, 1))
+    t = torch.linalg.vector_norm(angle, dim=1)[:, None, None].clamp(min=1e-8)
+    K = torch.tensordot(angle, about, 1) / t
+    return torch.eye(d) + t.sin() * K + (1 - t.cos()) * K @ K # Rodrigues' formula
 
 @lru_cache(maxsize=64)
 def _at(plane, points):
@@ -110,13 +112,12 @@ def _grid(drawn, plane, device):
     back = _rotation(drawn.angle) / drawn.size[:, None, None] # rows times this: the inverse rotation
     g = (_at(tuple(plane), points) @ back).view(drawn.bumps.shape) + drawn.bumps
     g = (g / (torch.tensor(plane) / 2)).flip(-1).to(device)
-    with torch.autocast(g.device.type, enabled=False): # half precision would move voxels
-        for axis in reversed(range(len(plane))):
-            lead, rest = g.shape[:axis + 1], g.shape[axis + 2:]
-            g = (_bspline(plane[axis], points[axis]).to(device) @ g.reshape(*lead, points[axis], -1)).reshape(*lead, plane[axis], *rest)
+    for axis in reversed(range(len(plane))):
+        lead, rest = g.shape[:axis + 1], g.shape[axis + 2:]
+        g = (_bspline(plane[axis], points[axis]).to(device) @ g.reshape(*lead, points[axis], -1)).reshape(*lead, plane[axis], *rest)
     return g
 
-# %% ../nbs/09_augment.ipynb #38fdd613
+# %% ../nbs/09_augment.ipynb #6bcd84d4
 def _linear(x, grid):
     "Values of (b, c, *plane) at `grid`, linearly interpolated"
     return F.grid_sample(x.float(), grid, padding_mode='border', align_corners=False).to(x.dtype)
@@ -146,7 +147,8 @@ def spatial(
     moved = ((drawn.angle != 0).any(1) | (drawn.size != 1) | (drawn.bumps != 0).flatten(1).any(1)).nonzero().flatten()
     if not len(moved): return x, y
     patch, axis = list(x.shape[2:]), flat_axis(x.shape[2:])
-    grid = _grid(Drawn(*(v[moved] for v in drawn)), [n for i, n in enumerate(patch) if i != axis], x.device)
+    with torch.autocast('cpu', enabled=False), torch.autocast(x.device.type, enabled=False): # half precision would move voxels
+        grid = _grid(Drawn(*(v[moved] for v in drawn)), [n for i, n in enumerate(patch) if i != axis], x.device)
     i, x, y = moved.to(x.device), x.clone(), y.clone()
     x[i] = _volume(_linear(_slices(x[i], axis), grid), axis, x.shape[1])
     y[i] = _volume(_nearest(_slices(y[i][:, None], axis), grid), axis, 1)[:, 0]

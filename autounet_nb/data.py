@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['scan', 'find_scans', 'DataError', 'Geometry', 'atomic', 'split_name', 'is_series', 'channel_names', 'read_image',
-           'read_label', 'write_like', 'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap']
+           'read_label', 'write_like', 'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap',
+           'progress', 'watched']
 
 # %% ../nbs/00_data.ipynb #93cf02f5
 import os, re
@@ -13,9 +14,9 @@ from pathlib import Path
 from .arrays import *
 from .cases import *
 
-# %% ../nbs/00_data.ipynb #61e02828
+# %% ../nbs/00_data.ipynb #a93d7d28
 _all_ = ['DataError', 'Geometry', 'atomic', 'split_name', 'is_series', 'channel_names', 'read_image', 'read_label', 'write_like',
-         'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap']
+         'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap', 'progress', 'watched']
 
 # %% ../nbs/00_data.ipynb #ca89b8de
 def _classes(d, path): # labels, either way round, and where they stand

@@ -6,11 +6,10 @@
 __all__ = ['predict_case', 'predict', 'segment', 'gaussian_window', 'sliding_window', 'restore', 'restore_probabilities',
            'keep_largest']
 
-# %% ../nbs/12_predict.ipynb #2b2796d1
+# %% ../nbs/12_predict.ipynb #61ebb44d
 from pathlib import Path
 import os
 import numpy as np, torch
-from fastprogress.fastprogress import progress_bar
 from .data import *
 from .arrays import _check_mask, _writable
 from .plan import *
@@ -101,7 +100,7 @@ def _targets(cases, out, suffix):
         if _same(path, f): raise DataError(f'{path}: the result would replace the file it is made from, or its mask; choose another folder for the results')
     return [(c, p) for p, c in res.items()]
 
-# %% ../nbs/12_predict.ipynb #9d28a693
+# %% ../nbs/12_predict.ipynb #834402fc
 def _predict_file(case, path, plan, models, tta, largest, probabilities, device):
     "Read, predict and write one scan"
     s = read_case(case, label=False)
@@ -134,7 +133,7 @@ def predict(
     plan, models = _load(work, model, folds, device)
     known = isinstance(scans, Dataset) or (isinstance(scans, (list, tuple)) and all(isinstance(s, Case) for s in scans))
     todo, failed = _targets(list(scans) if known else find_scans(scans, len(plan.modalities)), out, suffix), []
-    for case, path in progress_bar(todo):
+    for case, path in progress(todo, desc='predicting'):
         try: _predict_file(case, path, plan, models, tta, largest, probabilities, device)
         except Exception as e: failed.append((_failure(case, e), e))
     if failed: raise DataError(f'{len(failed)} of {len(todo)} scans failed, the others are in {out}. ' + '; '.join(t for t, _ in failed)) from failed[0][1]

@@ -7,15 +7,14 @@ __all__ = ['kfold_splits', 'work_splits', 'ForegroundDice', 'Journal', 'plot_his
            'PaperSchedule', 'one_cycle', 'Budget', 'save_tensors', 'load_tensors', 'Checkpoint', 'ChannelsLast',
            'get_learner', 'fit_learner', 'train_fold', 'load_model']
 
-# %% ../nbs/11_train.ipynb #09b55d77
+# %% ../nbs/11_train.ipynb #3a75f6af
 from functools import partial
 from pathlib import Path
-import csv, json, os, sys, time
+import csv, json, os, time
 from contextlib import nullcontext
 import numpy as np, torch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file, load_file
-from fastcore.imports import in_notebook
 from fastcore.xtras import ContextManagers
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.callback.fp16 import MixedPrecision
@@ -177,7 +176,7 @@ def one_cycle(
     up = lambda x: (1 - np.cos(np.pi * min(max(x, 0), 1))) / 2
     return float(peak * (.04 + .96 * up(p / warmup)) if p < warmup else peak * (1 - up((p - warmup) / (1 - warmup))) + 1e-8)
 
-# %% ../nbs/11_train.ipynb #bd25ca85
+# %% ../nbs/11_train.ipynb #b5a3ffe3
 class Budget(Callback):
     "One cycle that ends after `steps` steps, or after `minutes` on the clock"
     order = 90
@@ -185,7 +184,7 @@ class Budget(Callback):
         if (steps is None) == (minutes is None): raise DataError('A budget is either a number of steps or of minutes.')
         if not (steps or minutes) > 0: raise DataError(f'A budget must be more than nothing, not {steps or minutes}.')
         self.steps, self.minutes, self.peak, self.state = steps, minutes, peak, {}
-        self.epochs = min(10, steps) if steps else max(10, int(minutes / 3))
+        self.epochs = min(10, max(1, steps // 5)) if steps else max(10, int(minutes / 3))
 
     def progress(self):
         "How much of the budget is used, from 0 to 1"
@@ -265,7 +264,7 @@ class Checkpoint(Callback):
         for cb, state in zip(self._parts(), info['parts']): cb.state = state
         return True
 
-# %% ../nbs/11_train.ipynb #e7660a2e
+# %% ../nbs/11_train.ipynb #5e556e9b
 class ChannelsLast(Callback):
     "Lays out network and batches with the channels of a voxel side by side"
     order = -5
@@ -302,7 +301,7 @@ def get_learner(
 
 def _bars(learn):
     "fastai's bars where somebody watches, a notebook or a terminal; elsewhere one printed line per epoch"
-    if in_notebook() or sys.stdout.isatty(): return nullcontext()
+    if watched(): return nullcontext()
     learn.journal.talk = True
     return ContextManagers([learn.no_bar(), learn.no_logging()])
 
@@ -318,7 +317,7 @@ def fit_learner(
         with _bars(learn): learn.fit(left)
     return learn
 
-# %% ../nbs/11_train.ipynb #bbe9db56
+# %% ../nbs/11_train.ipynb #3343a2a3
 def _prepared(work, config, ids):
     "The preprocessed cases of these ids, or a DataError that names the first missing one"
     folder = Path(work)/'prep'/config.stage
@@ -369,7 +368,10 @@ def train_fold(
     _finish(folder, learn, config, plan, recipe, True)
     return folder
 
-def _valid_steps(schedule): return 10 if isinstance(schedule, Budget) else 50
+def _valid_steps(schedule):
+    "Validation batches per epoch: 50 in the paper's, fewer where an epoch is short"
+    if not isinstance(schedule, Budget): return 50
+    return min(10, max(2, schedule.steps // schedule.epochs // 2)) if schedule.steps else 10
 
 # %% ../nbs/11_train.ipynb #9d16572b
 def load_model(

@@ -1,5 +1,5 @@
 "The fingerprint: counted values against NumPy, boxes and masks against SciPy, and what is kept between two runs."
-import json, math, os, random
+import json, math, os, random, shutil
 import numpy as np, pytest
 from dataclasses import replace
 from hypothesis import given, settings, strategies as st
@@ -163,6 +163,18 @@ def test_facts_of_another_file_are_not_taken(heads, tmp_path, monkeypatch):
     seen = measured(monkeypatch)
     other = replace(heads[1], id=heads[0].id)
     assert fingerprint_case(other, tmp_path).voxels == F._measure(heads[1]).voxels and seen == [heads[0].id, heads[1].id]
+    twin = shutil.copy2(heads[0].label, tmp_path/'twin.nii.gz') # same size, same time, another place
+    assert F._key(replace(heads[0], label=twin)) != F._key(heads[0])
+
+def test_a_series_is_looked_into(heads, tmp_path):
+    series = tmp_path/'series'
+    series.mkdir()
+    for i in range(3): (series/f'{i}.dcm').write_bytes(b'x')
+    case = replace(heads[0], images=(str(series),))
+    before = F._key(case)
+    assert F._key(case) == before
+    (series/'1.dcm').write_bytes(b'longer')
+    assert F._key(case) != before
 
 def test_damaged_facts_are_measured_again(heads, tmp_path):
     case, rnd = heads[0], random.Random(0)
@@ -180,10 +192,14 @@ def test_damaged_facts_are_measured_again(heads, tmp_path):
     assert F._recall(path, key) is not None
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
-def test_pickled_facts_are_refused(heads, tmp_path):
+class Trap:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (self.path,)
+
+def test_nothing_is_unpickled(heads, tmp_path):
     path, key = tmp_path/f'{heads[0].id}.npz', F._key(heads[0])
-    np.savez(path, head=np.array({'key': key}, dtype=object))
-    assert F._recall(path, key) is None
+    np.savez(path, head=np.array(Trap(str(tmp_path/'sprung')), dtype=object))
+    assert F._recall(path, key) is None and not (tmp_path/'sprung').exists()
 
 def test_after_an_interruption_the_rest_is_measured(heads, tmp_path, monkeypatch):
     ds = copy(heads, tmp_path)

@@ -63,7 +63,7 @@ def test_modes_differ():
     g = torch.Generator().manual_seed(0)
     target = torch.zeros(2, 100, dtype=torch.long); target[0, :60] = 1; target[1, :3] = 1
     logits = torch.randn(2, 2, 100, generator=g)
-    assert abs(SoftDice('sample')(logits, target) - SoftDice('batch')(logits, target)) > .05
+    assert abs(SoftDice('sample')(logits, target) - SoftDice('batch')(logits, target)) > .02
     order = torch.randperm(200, generator=g) # a pseudo-volume doesn't know where its voxels are
     mixed = logits.movedim(1, 0).flatten(1)[:, order].view(2, 2, 100).movedim(1, 0), target.flatten()[order].view(2, 100)
     torch.testing.assert_close(SoftDice('batch')(*mixed), SoftDice('batch')(logits, target))
