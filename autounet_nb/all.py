@@ -11,6 +11,8 @@ from .loss import *
 from .augment import *
 from .patches import *
 from .train import *
+from .windows import *
+from .restore import *
 from .predict import *
 from .evaluate import *
 from .crossval import *

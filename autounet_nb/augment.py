@@ -6,6 +6,12 @@
 __all__ = ['augment_2d', 'augment_3d', 'FLAT', 'AugmentParams', 'flat_axis', 'Drawn', 'draw', 'spatial', 'gamma', 'mirror',
            'augment', 'step_generator', 'Augment']
 
+# %% ../nbs/09_augment.ipynb #0ab97352
+import warnings
+
+# %% ../nbs/09_augment.ipynb #53b723b1
+warnings.filterwarnings('ignore', message='.*torch.jit.script.*') # fastai's import, nothing that a user could mend
+
 # %% ../nbs/09_augment.ipynb #7bf887dc
 from dataclasses import dataclass
 from functools import lru_cache
