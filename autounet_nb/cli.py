@@ -6,10 +6,10 @@
 __all__ = ['check_command', 'fingerprint_command', 'plan_command', 'preprocess_command', 'train_command', 'run_command',
            'predict_command', 'evaluate_command', 'demo_command', 'main']
 
-# %% ../nbs/15_cli.ipynb #5b4587a8
+# %% ../nbs/15_cli.ipynb #e1dc82af
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-import argparse, json, os, sys, warnings
+import argparse, json, os, sys
 
 # %% ../nbs/15_cli.ipynb #43ea9251
 def _numbers(text):
@@ -152,12 +152,11 @@ def _parser():
     p.add_argument('--steps', type=_above_zero(int), default=150, metavar='N', help='training steps (default 150)'); p.add_argument('--seed', type=int, default=0, metavar='S', help='default 0')
     return parser
 
-# %% ../nbs/15_cli.ipynb #549582dd
+# %% ../nbs/15_cli.ipynb #36764dd3
 def main(
     args=None, # words of the command; those of the process if None
 ):
     "Run one command and return its exit code"
-    warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning) # fastai's import, nothing that a user could mend
     a = _parser().parse_args(args)
     from autounet_nb.data import DataError
     try: return a.call(a) or 0
