@@ -8,7 +8,7 @@ from autounet_nb.phantom import make_phantoms
 def autounet():
     "Runs the installed command in a process of its own"
     def run(*args, **kw):
-        return subprocess.run([str(Path(sys.executable).with_name('autounet')), *map(str, args)], capture_output=True, text=True, timeout=900, **kw)
+        return subprocess.run([str(Path(sys.executable).with_name('autounet')), *map(str, args)], capture_output=True, encoding='utf-8', timeout=900, **kw)
     return run
 
 @pytest.fixture(scope='session')

@@ -91,7 +91,7 @@ def test_a_broken_scan_stops_run_before_anything_long(autounet, tmp_path):
 def test_ctrl_c_leaves_a_usable_model_and_run_goes_on(autounet, tmp_path):
     make_phantoms(tmp_path/'scans', n=4, shape=(16, 24, 24))
     words = ['run', str(tmp_path/'scans'), str(tmp_path/'work'), '--models', '3d', '--folds', '0', '--steps', '400', '--hardware', 'cpu']
-    p = subprocess.Popen([str(Path(sys.executable).with_name('autounet')), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen([str(Path(sys.executable).with_name('autounet')), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8', start_new_session=True)
     fold = tmp_path/'work'/'models'/'3d'/'fold_0'
     for _ in range(1200):
         if (fold/'checkpoint.safetensors').exists() or p.poll() is not None: break
