@@ -58,3 +58,17 @@ def test_what_does_not_fit_is_said():
     for x, words in ((torch.zeros(1, 1, 7, 8), 'multiple of 2×2'), (torch.zeros(1, 2, 8, 8), '1 channels, not 2'), (torch.zeros(1, 1, 8), 'axes')):
         with pytest.raises(DataError, match=words): net(x)
     with pytest.raises(DataError, match='top level'): UNet(2, 1, 2, (4,), ((3, 3),), ((2, 2),))
+
+@pytest.mark.parametrize('size,layout', [((2, 5, 6, 7), torch.channels_last), ((2, 5, 4, 6, 7), torch.channels_last_3d)])
+def test_the_quick_instance_norm_is_torchs(size, layout):
+    "Forward and gradients of the path for channels that lie side by side, against the plain one"
+    from autounet_nb.unet import _InstanceNorm
+    norm = _InstanceNorm(5).double()
+    torch.nn.init.normal_(norm.weight); torch.nn.init.normal_(norm.bias)
+    results = []
+    for x in (torch.randn(size, dtype=torch.double, generator=torch.Generator().manual_seed(0)).mul(3).add(2) for _ in range(2)):
+        x = (x.contiguous(memory_format=layout) if not results else x).requires_grad_()
+        y = norm(x) if not results else torch.nn.functional.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        norm.zero_grad(); (y * torch.arange(y.numel(), dtype=torch.double).view(size).sin()).sum().backward()
+        results.append([y.detach(), x.grad, norm.weight.grad.clone(), norm.bias.grad.clone()])
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*results))
