@@ -1,8 +1,15 @@
 "What several tests need: a small trained work folder, the command line as a process, and the real data where it is."
-import os, subprocess, sys
+import locale, os, subprocess, sys
 from pathlib import Path
 import pytest
 from autounet_nb.phantom import make_phantoms
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    "SimpleITK leaves the process in the C locale when it writes DICOM, as some tests do"
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 @pytest.fixture(scope='session')
 def autounet():
