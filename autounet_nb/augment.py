@@ -4,16 +4,10 @@
 
 # %% auto #0
 __all__ = ['augment_2d', 'augment_3d', 'FLAT', 'AugmentParams', 'flat_axis', 'Drawn', 'draw', 'spatial', 'gamma', 'mirror',
-           'augment', 'step_generator', 'Augment']
+           'gentle', 'params_of', 'augment', 'step_generator', 'Augment']
 
-# %% ../nbs/09_augment.ipynb #0ab97352
-import warnings
-
-# %% ../nbs/09_augment.ipynb #53b723b1
-warnings.filterwarnings('ignore', message='.*torch.jit.script.*') # fastai's import, nothing that a user could mend
-
-# %% ../nbs/09_augment.ipynb #7bf887dc
-from dataclasses import dataclass
+# %% ../nbs/09_augment.ipynb #d751f3ea
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 import math
@@ -194,7 +188,22 @@ def mirror(
         x[i], y[i] = x[i].flip([a + 2 for a in axes]), y[i].flip([a + 1 for a in axes])
     return x, y
 
-# %% ../nbs/09_augment.ipynb #75dd2d3b
+# %% ../nbs/09_augment.ipynb #746872b5
+def gentle(
+    params, # AugmentParams
+) -> AugmentParams:
+    "The same for a short training: nothing mirrored, the rest half as often"
+    return replace(params, p_mirror=0., **{p: getattr(params, p) / 2 for p in ('p_rotation', 'p_scaling', 'p_elastic', 'p_gamma')})
+
+def params_of(
+    patch, # voxels per axis
+    short=False, # for a training on a budget?
+) -> AugmentParams:
+    "The set for a patch, 2D or 3D, whole or gentle"
+    params = augment_3d if len(patch) == 3 and flat_axis(patch) is None else augment_2d
+    return gentle(params) if short else params
+
+# %% ../nbs/09_augment.ipynb #b04bdf15
 def augment(
     x, # images, (b, c, *patch)
     y, # class indices, (b, *patch)
@@ -203,13 +212,13 @@ def augment(
 ):
     "A batch with everything applied, drawn anew; the one given is left alone"
     patch = x.shape[2:]
+    params = params or params_of(patch)
     if y.shape != x.shape[:1] + patch: raise DataError(f'Images of shape {tuple(x.shape)} need classes of shape {(len(x), *patch)}, not {tuple(y.shape)}.')
-    if params is None: params = augment_3d if len(patch) == 3 and flat_axis(patch) is None else augment_2d
     drawn = draw(params, x.shape, generator)
     x, y = spatial(x, y, drawn)
     return mirror(gamma(x, drawn), y, drawn)
 
-# %% ../nbs/09_augment.ipynb #feb9e541
+# %% ../nbs/09_augment.ipynb #e9c8d0ad
 def step_generator(
     seed, # of the training
     step, # number of the step
@@ -224,12 +233,15 @@ class Augment(Callback):
         dim=None, # 2 or 3, to choose the set; by default it follows from the batch
         seed=0,
         params=None, # AugmentParams of your own
+        short=False, # gentle, for a training on a budget
     ):
         if dim not in (None, 2, 3): raise DataError(f'dim is 2 or 3, not {dim!r}.')
-        self.dim, self.seed, self.params, self.step = dim, seed, params, 0
+        self.dim, self.seed, self.params, self.short, self.step = dim, seed, params, short, 0
 
+    @property
+    def mirrors(self): return self.params.p_mirror > 0 if self.params else not self.short # whether the network sees mirror images
     def before_batch(self):
-        x, y = augment(self.x, self.y, step_generator(self.seed, self.step), self.params)
+        x, y = augment(self.x, self.y, step_generator(self.seed, self.step), self.params or params_of(self.x.shape[2:], self.short))
         self.learn.xb, self.learn.yb = (x,), (y,)
 
     def after_batch(self): self.step += 1

@@ -70,14 +70,14 @@ def _chosen(plan, models):
         if m not in SINGLE: raise DataError(f'Model {m} is planned, but training a cascade is not part of this version: choose from {", ".join(SINGLE)}.')
     return [c for n, c in plan.models.items() if n in (models or SINGLE)]
 
-# %% ../nbs/14_crossval.ipynb #8ece40fe
+# %% ../nbs/14_crossval.ipynb #aa46a838
 def validate_fold(
     work, # work folder
     dataset, # the Dataset, with masks
     model, # name of the model
     fold, # number of the fold
     device=None,
-    tta=True, # average over mirrored copies
+    tta=True, # average over mirror images, for networks that were trained with them
 ):
     "Segment and score the cases that this fold did not train on; returns the scores, kept in `validation/scores.json`"
     folder = Path(work)/'models'/model/f'fold_{fold}'

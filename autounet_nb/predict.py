@@ -22,7 +22,7 @@ from .restore import _write_probabilities
 # %% ../nbs/12_predict.ipynb #55af0e60
 _all_ = ['gaussian_window', 'sliding_window', 'restore', 'restore_probabilities', 'keep_largest']
 
-# %% ../nbs/12_predict.ipynb #2c548671
+# %% ../nbs/12_predict.ipynb #14218d48
 def _checked(image, plan):
     "DataError for a scan that the networks weren't made for"
     n, m = len(image), len(plan.modalities)
@@ -36,7 +36,7 @@ def _probabilities(image, spacing, plan, models, tta, device):
     if len(grids) != 1: raise DataError(f'models at different spacings cannot be averaged: {sorted(grids)} mm; predict with one model at a time')
     x, _, meta = preprocess_case(_checked(image, plan), spacing, plan, models[0][1].spacing)
     probs = np.zeros((len(plan.label_values), *x.shape[1:]), np.float32)
-    for net, c in models: sliding_window(net, x, c.patch, len(probs), c.slice_axis if c.dim == 2 else None, tta=tta, device=device, out=probs, share=1/len(models))
+    for net, c in models: sliding_window(net, x, c.patch, len(probs), c.slice_axis if c.dim == 2 else None, tta=tta and getattr(net, 'mirrored', True), device=device, out=probs, share=1/len(models))
     return probs, meta
 
 def _labels(probs, meta, shape, plan, largest):
@@ -51,7 +51,7 @@ def predict_case(
     spacing, # mm, (z,y,x)
     plan, # `Plan` that the models were trained with
     models, # list of (network, ModelConfig), whose probabilities are averaged
-    tta=True, # average over mirror images
+    tta=True, # average over mirror images, for networks that were trained with them
     largest=True, # keep one piece of the classes that always were one
     device=None, # where the networks are
 ):
@@ -100,7 +100,7 @@ def _targets(cases, out, suffix):
         if _same(path, f): raise DataError(f'{path}: the result would replace the file it is made from, or its mask; choose another folder for the results')
     return [(c, p) for p, c in res.items()]
 
-# %% ../nbs/12_predict.ipynb #834402fc
+# %% ../nbs/12_predict.ipynb #60f059fc
 def _predict_file(case, path, plan, models, tta, largest, probabilities, device):
     "Read, predict and write one scan"
     s = read_case(case, label=False)
@@ -121,7 +121,7 @@ def predict(
     out, # folder for the masks
     model=None, # name of the model; None: the best one
     folds=None, # numbers of the folds to average; None: all that are trained
-    tta=True, # average over mirror images
+    tta=True, # average over mirror images, for networks that were trained with them
     probabilities=False, # also write `probabilities/ID.nrrd`, with one component per class
     largest=True, # keep one piece of the classes that always were one
     suffix=None, # format of the masks, e.g. '.nrrd'; None: that of the scan
@@ -139,14 +139,14 @@ def predict(
     if failed: raise DataError(f'{len(failed)} of {len(todo)} scans failed, the others are in {out}. ' + '; '.join(t for t, _ in failed)) from failed[0][1]
     return [path for _, path in todo]
 
-# %% ../nbs/12_predict.ipynb #c50c3f20
+# %% ../nbs/12_predict.ipynb #fdd39e22
 def segment(
     work, # work folder with trained models
     image, # array (z,y,x), or (c,z,y,x) with channels
     spacing, # mm, (z,y,x)
     model=None, # name of the model; None: the best one
     folds=None, # numbers of the folds to average; None: all that are trained
-    tta=True, # average over mirror images
+    tta=True, # average over mirror images, for networks that were trained with them
     largest=True, # keep one piece of the classes that always were one
     device=None, # None: CUDA if there is one
 ):

@@ -264,7 +264,7 @@ class Checkpoint(Callback):
         for cb, state in zip(self._parts(), info['parts']): cb.state = state
         return True
 
-# %% ../nbs/11_train.ipynb #5e556e9b
+# %% ../nbs/11_train.ipynb #146ae03f
 class ChannelsLast(Callback):
     "Lays out network and batches with the channels of a voxel side by side"
     order = -5
@@ -290,7 +290,7 @@ def get_learner(
     if net is None:
         with torch.random.fork_rng(): torch.manual_seed(seed); net = build_unet(config)
     own = [Journal(folder), schedule, ChannelsLast()]
-    if augment: own.append(Augment(config.dim, seed=seed))
+    if augment: own.append(Augment(config.dim, seed=seed, short=isinstance(schedule, Budget)))
     if folder: own.append(Checkpoint(folder, recipe))
     if dls.device.type == 'cuda': own.append(MixedPrecision())
     wd = 1e-2 if isinstance(schedule, Budget) else 0.
@@ -317,7 +317,7 @@ def fit_learner(
         with _bars(learn): learn.fit(left)
     return learn
 
-# %% ../nbs/11_train.ipynb #3343a2a3
+# %% ../nbs/11_train.ipynb #01da7119
 def _prepared(work, config, ids):
     "The preprocessed cases of these ids, or a DataError that names the first missing one"
     folder = Path(work)/'prep'/config.stage
@@ -329,7 +329,7 @@ def _finish(folder, learn, config, plan, recipe, finished):
     "Write weights and all that is needed to use them"
     save_tensors(folder/'weights.safetensors', learn.model.state_dict())
     c = ModelConfig.__dataclass_fields__
-    write_json(folder/'model.json', dict(config={k: getattr(config, k) for k in c}, recipe=recipe, finished=finished,
+    write_json(folder/'model.json', dict(config={k: getattr(config, k) for k in c}, recipe=recipe, finished=finished, mirrored=hasattr(learn, 'augment') and learn.augment.mirrors,
         steps=learn.journal.step, seconds=round(learn.journal.seconds, 1), last=(learn.journal.history or [None])[-1], torch=torch.__version__))
     if finished: (folder/'checkpoint.safetensors').unlink(missing_ok=True)
 
@@ -373,7 +373,7 @@ def _valid_steps(schedule):
     if not isinstance(schedule, Budget): return 50
     return min(10, max(2, schedule.steps // schedule.epochs // 2)) if schedule.steps else 10
 
-# %% ../nbs/11_train.ipynb #9d16572b
+# %% ../nbs/11_train.ipynb #468902b8
 def load_model(
     work, # work folder
     model, # name of the model
@@ -384,9 +384,10 @@ def load_model(
     "The trained network, ready to predict, and its ModelConfig"
     folder = Path(work)/'models'/model/f'fold_{fold}'
     if not (folder/'weights.safetensors').exists(): raise DataError(f'Model {model} has no trained fold {fold} in {work}: train it with `autounet train` or `autounet run`.')
-    try: config = ModelConfig(**read_json(folder/'model.json')['config'])
+    try: config, mirrored = ModelConfig(**(d := read_json(folder/'model.json'))['config']), d.get('mirrored', True)
     except (TypeError, KeyError) as e: raise DataError(f'{folder/"model.json"} does not describe a model ({e}): train it again.') from None
     net = build_unet(config) if net is None else net
     try: net.load_state_dict(load_tensors(folder/'weights.safetensors')[0])
     except RuntimeError: raise DataError(f'The weights in {folder} are of another network than model.json describes: train it again, or pass the `net` that was trained.') from None
+    net.mirrored = mirrored # whether it knows mirror images, and prediction may average over them
     return net.to(device).eval(), config
