@@ -3,7 +3,10 @@ from .data import *
 from .phantom import *
 from .check import *
 from .fingerprint import *
+from .rules import *
+from .memory import *
 from .plan import *
+from .change import *
 from .resample import *
 from .preprocess import *
 from .unet import *
