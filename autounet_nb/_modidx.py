@@ -214,6 +214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'autounet_nb.explore._ends': ('explore.html#_ends', 'autounet_nb/explore.py'),
                                      'autounet_nb.explore._in_mm': ('explore.html#_in_mm', 'autounet_nb/explore.py'),
                                      'autounet_nb.explore._level': ('explore.html#_level', 'autounet_nb/explore.py'),
+                                     'autounet_nb.explore._levels': ('explore.html#_levels', 'autounet_nb/explore.py'),
                                      'autounet_nb.explore._limits': ('explore.html#_limits', 'autounet_nb/explore.py'),
                                      'autounet_nb.explore._mirrored': ('explore.html#_mirrored', 'autounet_nb/explore.py'),
                                      'autounet_nb.explore._patch_text': ('explore.html#_patch_text', 'autounet_nb/explore.py'),

@@ -90,7 +90,7 @@ def plot_patch(
         ax.set(xlim=(-.2 * gap, wide + .2 * gap), ylim=(tall / 2 + 1.2 * gap, -tall / 2 - 1.3 * gap), aspect='equal'); ax.set_axis_off()
     return fig
 
-# %% ../nbs/04_explore.ipynb #5921894c
+# %% ../nbs/04_explore.ipynb #a954c6d4
 _ACROSS, _TALL, _WIDE, _ROW, _GAP = 9, 1.4, 1.1, .42, .26 # inches, in the drawing of a U: its width, the highest and widest box, the least height of a level, between levels
 _PLAIN, _WAITS = '#9ecae1', '#fdae6b'
 
@@ -158,6 +158,8 @@ def _draw_unet(ax, c, font=8, full=True, down=0):
     for l, (a, b) in enumerate(zip(boxes, boxes[1:])): _between(ax, c.strides[l + 1], a, b, font)
     _ends(ax, c, boxes[0], len(boxes) == 1, font)
 
+def _levels(c): return f'{len(c.features)} level{"s" * (len(c.features) > 1)}'
+
 def plot_unet(
     config, # a `ModelConfig`
 ) -> Figure:
@@ -166,7 +168,7 @@ def plot_unet(
     tall = fig.get_figheight()
     ax = fig.add_axes((0, 0, 1, 1 - .35 / tall)); ax.set_axis_off()
     _draw_unet(ax, config); ax.set(xlim=(0, _ACROSS), ylim=(.35 - tall, 0))
-    fig.text(.5, 1 - .2 / tall, f'{config.name}: {len(config.features)} levels, {count_weights(config):,} weights', ha='center', va='center', fontsize=10)
+    fig.text(.5, 1 - .2 / tall, f'{config.name}: {_levels(config)}, {count_weights(config):,} weights', ha='center', va='center', fontsize=10)
     fig.text(.01, .02, 'boxes: height as the size,\nwidth as the feature maps', fontsize=7, color='.4')
     if any(1 in k for k in config.kernels): fig.text(.99, .02, 'orange: an axis waits', fontsize=7, color='#c05000', ha='right')
     return fig
@@ -255,7 +257,7 @@ def plot_cascade(
     for ax in axs: ax.set(xticks=[], yticks=[])
     return fig
 
-# %% ../nbs/04_explore.ipynb #1ff94e17
+# %% ../nbs/04_explore.ipynb #e0d51bd3
 def plot_plan(
     plan, # `Plan`
 ) -> Figure:
@@ -272,7 +274,7 @@ def plot_plan(
     fig.suptitle(f'{plan.name} on {plan.hardware}{by_hand}', fontsize=11)
     for i, c in enumerate(models):
         bottom = row * (n - 1 - i)
-        fig.text(.01, (bottom + 2.1) / fig.get_figheight(), f'{c.name}: {_patch_text(c)}; {c.batch} per step, {len(c.features)} levels, Dice per {c.dice}', fontsize=9, va='center')
+        fig.text(.01, (bottom + 2.1) / fig.get_figheight(), f'{c.name}: {_patch_text(c)}; {c.batch} per step, {_levels(c)}, Dice per {c.dice}', fontsize=9, va='center')
         _draw_patch(patches, c, sheet, (i + .54) * row * scale); _draw_unet(nets, c, 6.5, False, (i + .08) * deep)
         _draw_batch(at(8.5, bottom + 1.1, 3.3, .8), plan, c, 7, False); _draw_memory(at(8.5, bottom + .2, 3.3, .8), plan, c, 7, False)
     return fig

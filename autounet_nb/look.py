@@ -14,7 +14,7 @@ from .data import *
 from .fingerprint import *
 from .rules import *
 
-# %% ../nbs/03c_look.ipynb #da913347
+# %% ../nbs/03c_look.ipynb #2810da1c
 def _dots(ax, values, color, **kw):
     "A row of dots per axis, one for each case (z,y,x), side by side as far as needed"
     shake = (np.arange(len(values)) * .618 + .5) % 1 - .5 # golden ratio: neighbours lie apart
@@ -27,7 +27,7 @@ def _per_axis(ax, values, what, flat, before=None):
     _dots(ax, [[v[i] for i in axes] for v in values], 'C0', label='cropped' if before else None)
     for i, m in enumerate(np.median(values, axis=0)[axes]):
         ax.plot([m, m], [i - .27, i + .27], color='k', lw=1.2); ax.text(m, i - .3, f'{m:.4g}', ha='center', fontsize=7)
-    ax.set(yticks=range(len(axes)), yticklabels=['zyx'[i] for i in axes], ylim=(len(axes) - .5, -.8), xlim=(0, None), title=what); ax.title.set_fontsize(9)
+    ax.set(yticks=range(len(axes)), yticklabels=['zyx'[i] for i in axes], ylim=(len(axes) - .5, -.8), xlim=(0, 1.06 * np.max([values, before or values])), title=what); ax.title.set_fontsize(9)
     if before: ax.legend(fontsize=7, markerscale=2, loc='center left')
 
 def _intensity(ax, s, name):
