@@ -242,7 +242,7 @@ def test_step_is_what_the_plan_says(plan):
         assert np.isclose(memory.lines[0].get_xdata()[0], hw.memory / 1e9)
 
 def test_step_says_what_the_batch_comes_from():
-    note = lambda plan, i: next(t for t in texts(plot_step(plan).axes[2 * i]) if t.startswith((' ' + str(list(plan.models.values())[i].batch))))
+    note = lambda plan, i: next(t for t in texts(plot_step(plan).axes[2 * i]) if t.startswith(f' {list(plan.models.values())[i].batch}'))
     assert note(PLANS['one_case', 'gpu-12gb'], 1).strip() == '2, the least'
     assert note(make_plan(FINGERPRINTS['heads'], 'gpu-12gb', {'3d.batch': 4}), 1).strip() == '4, set by hand'
     many = make_plan(sketch_fingerprint((64, 80, 64), n=300, classes=400), 'gpu-12gb')
