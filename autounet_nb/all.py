@@ -19,5 +19,6 @@ from .train import *
 from .windows import *
 from .restore import *
 from .predict import *
+from .foresee import *
 from .evaluate import *
 from .crossval import *

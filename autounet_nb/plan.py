@@ -152,7 +152,7 @@ def read_edits(
     for k, _ in pairs: _settable(k, models)
     return {k: _clean(k, v, channels) for k, v in pairs}
 
-# %% ../nbs/03_plan.ipynb #4b3972ba
+# %% ../nbs/03_plan.ipynb #f21d65da
 @dataclass(frozen=True)
 class _Ask:
     "What the rules are asked for, for one model"
@@ -172,6 +172,7 @@ def _attempt(ask, step, largest):
     seen = [i for i in range(3) if i != axis]
     mm = [f.spacing[i] for i in seen]
     limit = [min(a, MAX_POOLS[ask.dim]) for a in e['pools']] if 'pools' in e else None
+    if math.prod(e.get('patch', [2])) == 1: raise DataError(f'{ask.name}.patch is a single voxel, which has no mean and spread to be normalised by: the nearest that works is {ask.name}.patch={",".join([*"1" * (ask.dim - 1), "2"])}.')
     if 'patch' in e: p = pooling(e['patch'], mm, limit); patch = Patch(pad_to_pools(e['patch'], p.pools), p)
     else: patch = fit_patch([f.median_shape[i] for i in seen], mm, largest, limit)
     batch = e.get('batch') or batch_size(patch.size, step, f.n * math.prod(f.median_shape))
@@ -181,7 +182,7 @@ def _attempt(ask, step, largest):
     return ModelConfig(ask.name, ask.dim, ask.stage, f.spacing, f.median_shape, axis, patch.size, batch, p.pools, p.strides, p.kernels, maps,
                        e.get('dice', ask.dice), ask.in_channels, len(f.labels)), patch
 
-# %% ../nbs/03_plan.ipynb #5d08e8e1
+# %% ../nbs/03_plan.ipynb #ce1c96b5
 def _build(ask):
     "A model's configuration that fits the hardware, its `Patch`, and in words what did not fit"
     hw, dropped, by_hand = ask.hardware, [], not {'patch', 'batch', 'features'}.isdisjoint(ask.edits)
@@ -191,10 +192,10 @@ def _build(ask):
         config, patch = _attempt(ask, step, largest)
         need = sum(training_memory(config, hw.precision).values())
         if need <= hw.memory: return config, patch, tuple(dropped)
-        if largest == 1 or by_hand and ('batch' in ask.edits or config.batch <= MIN_BATCH): raise _TooLarge(ask, config, need)
+        if largest == 2 or by_hand and ('batch' in ask.edits or config.batch <= MIN_BATCH): raise _TooLarge(ask, config, need)
         dropped.append(f'{shape_text(config.patch)} × {config.batch} would take {bytes_text(need)}, more than the {bytes_text(hw.memory)} of the hardware')
         step = max(MIN_BATCH, int(min(step, config.batch * math.prod(config.patch)) * min(.97, hw.memory / need)))
-        if not by_hand: largest = max(1, min(largest, step // MIN_BATCH))
+        if not by_hand: largest = max(2, min(largest, step // MIN_BATCH))
 
 class _TooLarge(DataError):
     "What was set by hand does not fit the hardware"

@@ -125,7 +125,7 @@ def pad_to_pools(
     "The smallest sizes not below `shape` that can be halved so often"
     return tuple(-(-int(s) // 2**p) * 2**p for s, p in zip(shape, pools))
 
-# %% ../nbs/02b_rules.ipynb #2cb0fc68
+# %% ../nbs/02b_rules.ipynb #33f124e3
 @dataclass(frozen=True)
 class Patch:
     "A patch and the pooling that fits it"
@@ -136,7 +136,8 @@ class Patch:
 def _scaled(median_shape, voxels):
     "`median_shape` shrunk in proportion to at most about `voxels`"
     scale = min(1, (voxels / math.prod(median_shape)) ** (1 / len(median_shape)))
-    return [max(1, math.floor(s * scale + .5)) for s in median_shape]
+    shape = [max(1, math.floor(s * scale + .5)) for s in median_shape]
+    return shape if math.prod(shape) > 1 else [*shape[:-1], 2] # a single voxel has no mean and spread to be normalised by
 
 def shape_text(shape):
     "A shape as people write it: 40×56×40"
