@@ -7,6 +7,7 @@ from .rules import *
 from .memory import *
 from .plan import *
 from .change import *
+from .explorer import *
 from .resample import *
 from .preprocess import *
 from .unet import *
