@@ -6,8 +6,9 @@
 __all__ = ['as_fingerprint', 'Choices', 'snapped', 'plan_table', 'plan_costs', 'costs_table', 'reasons_list', 'replaced',
            'save_plan', 'Field', 'PlanExplorer']
 
-# %% ../nbs/04b_explorer.ipynb #da554620
-import base64, io, math, time
+# %% ../nbs/04b_explorer.ipynb #8756beee
+from dataclasses import replace
+import base64, io, time
 from html import escape
 from pathlib import Path
 import ipywidgets as w
@@ -88,7 +89,7 @@ def snapped(
         if name == 'pools' and any(a > p for a, p in zip(asked, c.pools)): res.append(f'{key}: up to {shape_text(asked)} is allowed, the patch {shape_text(c.patch)} is halved {shape_text(c.pools)} times.')
     return res
 
-# %% ../nbs/04b_explorer.ipynb #7b2e4ba5
+# %% ../nbs/04b_explorer.ipynb #4fd2dbc4
 _TD = 'padding:1px 10px;text-align:left;border:none;line-height:1.5'
 
 def _text(v):
@@ -99,6 +100,8 @@ def _text(v):
     if isinstance(v, tuple) and v and isinstance(v[0], tuple): return ', '.join(f'{shape_text(k)} ({v.count(k)} level{"s" * (v.count(k) > 1)})' for k in dict.fromkeys(v))
     return shape_text(round(n, 3) for n in v) if isinstance(v, tuple) else str(v)
 
+def _of_key(key, v): return ' '.join(map(str, v)) if v and key.endswith('features') else _text(v)
+
 def _rows(automatic, plan, model):
     "Heading or key, automatic value, value now"
     a, b = planned(automatic), planned(plan)
@@ -107,7 +110,7 @@ def _rows(automatic, plan, model):
     for m in ('', *dict.fromkeys(k.rpartition('.')[0] for k in keys if '.' in k)):
         mine = [k for k in of(m) if m in ('', model) or (m in automatic.models and m in plan.models and a.get(k) != b.get(k))]
         if mine: yield m or 'data', None, None
-        for k in mine: yield k, _text(a.get(k)), _text(b.get(k))
+        for k in mine: yield k, _of_key(k, a.get(k)), _of_key(k, b.get(k))
 
 def plan_table(
     automatic, # `Plan` with nothing set by hand
@@ -187,8 +190,10 @@ def save_plan(
     plan.save(path)
     return f'Saved as {Path(path).resolve()}.'
 
-# %% ../nbs/04b_explorer.ipynb #7b477024
+# %% ../nbs/04b_explorer.ipynb #5b54b627
 _of = lambda **kw: w.Layout(**kw)
+
+def _line(label, *widgets): return w.HBox([*([w.Label(label, layout=_of(flex='0 0 96px', justify_content='flex-end', margin='2px 10px 2px 0'))] if label else []), *widgets], layout=_of(align_items='center'))
 
 class Field:
     "One setting in the page: its inputs, and whether it is automatic"
@@ -199,9 +204,10 @@ class Field:
         changed, # called with key and value, or with key and None if it is to be automatic
     ):
         self.key, self.inputs, self.changed, self.quiet = key, inputs, changed, False
-        self.auto = w.Checkbox(True, description='automatic', indent=False, layout=_of(width='auto', margin='2px 0 0 6px'))
+        self.auto = w.Checkbox(True, description='automatic', indent=False, tooltip=f'{label}: automatic', layout=_of(width='auto', margin='0 0 0 6px'))
         for i in (*inputs, self.auto): i.observe(self._on, 'value')
-        self.row = w.HBox([w.Label(label, layout=_of(width='104px')), *inputs, self.auto])
+        if not inputs[0].description: inputs[0].description, inputs[0].style.description_width = label, '104px' # the input's own label, so that a screen reader says it
+        self.row = _line(label if inputs[0].description != label else '', *([w.VBox(inputs)] if key == 'normalization' else inputs), self.auto)
 
     @property
     def value(self): return [i.value for i in self.inputs] if len(self.inputs) > 1 or self.key == 'normalization' else self.inputs[0].value
@@ -215,14 +221,17 @@ class Field:
         for i, v in zip(self.inputs, value if isinstance(value, (list, tuple)) else [value]): i.value = v
         self.auto.value, self.quiet = automatic, False
 
-# %% ../nbs/04b_explorer.ipynb #1b0315ec
-def _numbers(n, kind=w.IntText, width='62px'): return [kind(description='', layout=_of(width=width)) for _ in range(n)]
+# %% ../nbs/04b_explorer.ipynb #06b87f72
+def _numbers(n, kind=w.IntText):
+    "Inputs for so many numbers, one per axis"
+    if n == 1: return [kind(layout=_of(width='310px'))]
+    return [kind(description=axis, style=dict(description_width='12px'), layout=_of(width='64px' if n == 3 else '98px')) for axis in 'zyx'[-n:]]
 
 def _png(figure):
     "A figure as an HTML image"
     out = io.BytesIO()
-    figure.savefig(out, format='png', dpi=80)
-    return f'<img alt="the plan as a picture" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
+    figure.savefig(out, format='png', dpi=100)
+    return f'<img alt="the plan as a picture" style="width:100%;max-width:1300px" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
 def _box(text, colour): return f'<div role="status" style="border-left:4px solid {colour};padding:4px 10px;line-height:1.4">{escape(text)}</div>' if text else ''
 
@@ -245,33 +254,33 @@ class PlanExplorer:
 
     def _make_controls(self):
         "What can be changed"
-        fp, wide = self.choices.fingerprint, _of(width='198px')
-        self.hardware = w.Dropdown(options=[*HARDWARE, 'memory in GB'], layout=_of(width='132px')); self.memory = w.FloatText(12., layout=_of(width='62px'))
+        fp = self.choices.fingerprint
+        self.hardware = w.Dropdown(options=[*HARDWARE, 'memory in GB'], description='hardware', style=dict(description_width='104px'), layout=_of(width='244px')); self.memory = w.FloatText(12., tooltip='memory in GB', layout=_of(width='62px'))
         for i in (self.hardware, self.memory): i.observe(self._on_hardware, 'value')
-        self.cascade = w.Dropdown(options=['automatic', 'yes', 'no'], layout=wide); self.cascade.observe(self._on_cascade, 'value')
+        self.cascade = w.Dropdown(options=['automatic', 'yes', 'no'], description='cascade', style=dict(description_width='104px'), layout=_of(width='310px')); self.cascade.observe(self._on_cascade, 'value')
         self.model = w.ToggleButtons(options=list(self.plan.models), style=dict(button_width='auto')); self.model.observe(self._on_model, 'value')
         self.fields['spacing'] = Field('spacing', 'spacing, mm', _numbers(3, w.FloatText), self._on_field)
-        self.fields['cases'] = Field('cases', 'cases', _numbers(1, width='198px'), self._on_field)
-        norm = [w.Dropdown(options=[('CT', 'ct'), ('z-score', 'zscore'), ('z-score, nonzero', 'nonzero')], layout=_of(width='198px' if fp.modalities[1:] == [] else '130px')) for _ in fp.modalities]
+        self.fields['cases'] = Field('cases', 'cases', _numbers(1), self._on_field)
+        schemes = [('CT', 'ct'), ('z-score', 'zscore'), ('z-score, nonzero', 'nonzero')]
+        norm = [w.Dropdown(options=schemes, description=m if len(fp.modalities) > 1 else '', style=dict(description_width='60px'), layout=_of(width='198px' if len(fp.modalities) > 1 else '310px')) for m in fp.modalities]
         self.fields['normalization'] = Field('normalization', 'normalisation', norm, self._on_field)
         for m in ('2d',) if fp.dim == 2 else ('2d', '3d', '3d_lowres', '3d_cascade'):
             n = 2 if m == '2d' else 3
             for name, label, inputs in (('patch', 'patch', n), ('batch', 'batch', 1), ('features', 'feature maps', 1), ('pools', 'halve at most', n)):
-                self.fields[f'{m}.{name}'] = Field(f'{m}.{name}', label, _numbers(inputs, width='62px' if inputs > 1 else '198px'), self._on_field)
+                self.fields[f'{m}.{name}'] = Field(f'{m}.{name}', label, _numbers(inputs), self._on_field)
         self.reset_button, self.save_button = w.Button(description='Reset', tooltip='everything automatic'), w.Button(description='Save plan', button_style='primary')
         self.reset_button.on_click(lambda _: self.reset()); self.save_button.on_click(lambda _: self.save())
 
     def _make_views(self):
         "What is shown, and the page"
         self.title, self.message, self.picture, self.table, self.costs, self.redo, self.saved, self.why = [w.HTML() for _ in range(8)]
-        self.ask = w.Button(description='What would change it?', layout=_of(width='auto')); self.ask.on_click(lambda _: self.explain())
+        self.ask = w.Button(description='What would change it?', layout=_of(width='auto', align_self='flex-start')); self.ask.on_click(lambda _: self.explain())
         self.model_fields, heading = w.VBox(), lambda t: w.HTML(f'<b>{t}</b>')
-        line = lambda label, *widgets: w.HBox([w.Label(label, layout=_of(width='104px')), *widgets])
-        data = [line('hardware', self.hardware, self.memory), *(self.fields[k].row for k in ('spacing', 'cases', 'normalization')), *([line('cascade', self.cascade)] if self.choices.fingerprint.dim == 3 else [])]
-        controls = w.VBox([heading('Data and machine'), *data, heading('Model'), self.model, self.model_fields, w.HBox([self.reset_button, self.save_button], layout=_of(margin='10px 0 0 0')), self.saved, heading('Memory of a training step'), self.costs], layout=_of(width='420px', flex='0 0 auto'))
+        data = [_line('', self.hardware, self.memory), *(self.fields[k].row for k in ('spacing', 'cases', 'normalization')), *([self.cascade] if self.choices.fingerprint.dim == 3 else [])]
+        controls = w.VBox([heading('Data and machine'), *data, heading('Model'), self.model, self.model_fields, w.HBox([self.reset_button, self.save_button], layout=_of(margin='10px 0 0 0')), self.saved, heading('Memory of a training step'), self.costs], layout=_of(width='440px', flex='0 0 auto'))
         reasons = w.Accordion([w.VBox([self.ask, self.why])], titles=['Why'], selected_index=None)
-        views = w.VBox([self.message, self.redo, self.picture, self.table, reasons], layout=_of(flex='1 1 560px', min_width='0'))
-        self.box = w.VBox([self.title, w.HBox([controls, views], layout=_of(flex_flow='row wrap'))])
+        views = w.VBox([self.message, self.redo, self.table, reasons], layout=_of(flex='1 1 560px', min_width='0'))
+        self.box = w.VBox([self.title, self.picture, w.HBox([controls, views], layout=_of(flex_flow='row wrap'))])
 
 # %% ../nbs/04b_explorer.ipynb #d81bb18a
 @patch
@@ -318,7 +327,7 @@ def explain(self:PlanExplorer):
     "Below each reason, what would change the value"
     self._show_why(what_if(self.choices.fingerprint, self.plan, self.model.value + '.'))
 
-# %% ../nbs/04b_explorer.ipynb #c7a9f672
+# %% ../nbs/04b_explorer.ipynb #ff9e4df6
 @patch
 def _show(self:PlanExplorer):
     "Put every control and view right"
@@ -328,7 +337,7 @@ def _show(self:PlanExplorer):
     c, fp, plan = self.choices, self.choices.fingerprint, self.plan
     self.title.value = f'<h2 style="margin:4px 0">Plan for {escape(fp.name)}</h2><div>{fp.n} cases, {fp.dim}D, {escape(", ".join(fp.modalities))}; median {shape_text(fp.median_shape)} at {shape_text(round(s, 3) for s in fp.median_spacing)} mm</div>'
     self.message.value = _box(c.problem and f'{c.problem} Below is the last plan that works.', '#c33') + ''.join(_box(t, '#d90') for t in snapped(plan))
-    self.picture.value = _png(plot_plan(plan))
+    self.picture.value = _png(plot_plan(replace(plan, models={self.model.value: plan.models[self.model.value]})))
     self.table.value = plan_table(c.automatic, plan, self.model.value)
     self.costs.value = costs_table(plan_costs(fp, plan))
     self.saved.value, self.warned, self.save_button.description = '', '', 'Save plan'
@@ -351,7 +360,7 @@ def _show_controls(self:PlanExplorer):
 
 @patch
 def _show_why(self:PlanExplorer, changes=()):
-    self.why.value = reasons_list(self.plan, self.model.value, changes) + ('' if changes else reasons_list(self.plan, ''))
+    self.why.value = reasons_list(self.plan, self.model.value, changes) + reasons_list(self.plan, '')
 
 @patch
 def _show_redo(self:PlanExplorer):
@@ -367,7 +376,7 @@ def _show_redo(self:PlanExplorer):
 def __repr__(self:PlanExplorer): return f'PlanExplorer, {len(self.edits)} values set by hand\n{self.plan}'
 
 @patch
-def _static(self:PlanExplorer): return ''.join(v.value for v in (self.title, self.message, self.picture, self.redo, self.table, self.costs))
+def _static(self:PlanExplorer): return ''.join(v.value for v in (self.title, self.picture, self.message, self.redo, self.table, self.costs))
 
 @patch
 def _repr_mimebundle_(self:PlanExplorer, **kwargs):

@@ -48,7 +48,7 @@ def write_page(
     write_json(folder/'Plan explorer.ipynb', dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5))
     return folder/'Plan explorer.ipynb'
 
-# %% ../nbs/04c_page.ipynb #ce8f7e80
+# %% ../nbs/04c_page.ipynb #a661ab93
 MESSAGES = 'comm_open', 'comm_msg', 'comm_close', 'comm_info_request', 'kernel_info_request' # that a browser may send: those of widgets
 HANDLERS = TornadoVoilaHandler, KernelHandler, VoilaKernelWebsocketHandler, VoilaShutdownKernelHandler, TemplateStaticFileHandler, MultiStaticFileHandler, FileFindHandler, ThemesHandler
 
@@ -82,7 +82,7 @@ class ExplorerPage(Voila):
     def init_settings(self):
         settings = super().init_settings()
         self.kernel_manager.allowed_message_types = list(MESSAGES)
-        return settings | dict(allow_remote_access=False, headers={'Content-Security-Policy': _POLICY}, log_function=lambda handler: None)
+        return settings | dict(allow_remote_access=False, headers={'Content-Security-Policy': _POLICY}, ws_ping_timeout=30_000, log_function=lambda handler: None)
 
     def init_handlers(self):
         kept = [h for h in super().init_handlers() if h[1] in HANDLERS]
