@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MESSAGES', 'HANDLERS', 'write_page', 'page_config', 'ExplorerPage', 'serve_explorer']
 
-# %% ../nbs/04c_page.ipynb #86ae8816
+# %% ../nbs/04c_page.ipynb #9e87f755
 import json, secrets, signal, tempfile, webbrowser
 from html import escape
 from pathlib import Path
+import jinja2
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_server.base.handlers import FileFindHandler
 from jupyter_server.services.kernels.handlers import KernelHandler
@@ -48,7 +49,7 @@ def write_page(
     write_json(folder/'Plan explorer.ipynb', dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5))
     return folder/'Plan explorer.ipynb'
 
-# %% ../nbs/04c_page.ipynb #a661ab93
+# %% ../nbs/04c_page.ipynb #a95b0b1e
 MESSAGES = 'comm_open', 'comm_msg', 'comm_close', 'comm_info_request', 'kernel_info_request' # that a browser may send: those of widgets
 HANDLERS = TornadoVoilaHandler, KernelHandler, VoilaKernelWebsocketHandler, VoilaShutdownKernelHandler, TemplateStaticFileHandler, MultiStaticFileHandler, FileFindHandler, ThemesHandler
 
@@ -68,6 +69,8 @@ class _Alive(KernelHandler):
     "Says whether a page's process is there"
     async def delete(self, kernel_id): raise HTTPError(405)
 
+_errors = jinja2.Environment(autoescape=True, loader=jinja2.DictLoader({'error.html': '{{ status_code }}: {{ status_message }}'})) # Jupyter's own error page wants files that aren't served
+
 _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; base-uri 'self'; form-action 'none'"
 
 def page_config() -> Config:
@@ -82,7 +85,7 @@ class ExplorerPage(Voila):
     def init_settings(self):
         settings = super().init_settings()
         self.kernel_manager.allowed_message_types = list(MESSAGES)
-        return settings | dict(allow_remote_access=False, headers={'Content-Security-Policy': _POLICY}, ws_ping_timeout=30_000, log_function=lambda handler: None)
+        return settings | dict(allow_remote_access=False, headers={'Content-Security-Policy': _POLICY}, jinja2_env=_errors, ws_ping_timeout=30_000, log_function=lambda handler: None)
 
     def init_handlers(self):
         kept = [h for h in super().init_handlers() if h[1] in HANDLERS]
@@ -95,11 +98,11 @@ class ExplorerPage(Voila):
         except OSError as e: raise DataError(f'Port {self.port} cannot be used ({e.strerror}): choose another, or none for any that is free.') from None
         self.port = sockets[0].getsockname()[1]
         server = HTTPServer(self.app); server.add_sockets(sockets)
+        self.ioloop = IOLoop.current()
+        signal.signal(signal.SIGINT, self._handle_signal_stop)
         url = f'http://{self.ip}:{self.port}/?token={self.token}'
         print(f'The plan explorer is at\n{url}\nCtrl-C ends it.', flush=True)
         if self.open_browser: self._open(url)
-        self.ioloop = IOLoop.current()
-        signal.signal(signal.SIGINT, self._handle_signal_stop)
         try: self.ioloop.start()
         finally: server.stop(); self.stop()
 
