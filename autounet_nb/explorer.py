@@ -162,7 +162,7 @@ def reasons_list(
         items.append(f'<li><b>{escape(key)}</b>: {escape(r["because"])} <i>({escape(r["rule"])})</i>' + (f'<ul>{"".join(f"<li>{escape(t)}</li>" for t in more)}</ul>' if more else '') + '</li>')
     return f'<ul style="line-height:1.45">{"".join(items)}</ul>'
 
-# %% ../nbs/04b_explorer.ipynb #6f5bb879
+# %% ../nbs/04b_explorer.ipynb #b04621ac
 def replaced(
     plan, # `Plan` to be saved
     path, # of plan.json
@@ -176,7 +176,7 @@ def replaced(
     there = lambda kind, name: any((path.parent/{"preprocess": "prep", "train": "models"}[kind]/name).glob("*"))
     redo = [s for s in change.redo if there(*s.split())]
     gone = [n for n in old.models if n not in plan.models and there('train', n)]
-    return f'{path} holds another plan. ' + (f'If it is replaced, this has to be done again: {", ".join(redo)}.' if redo else 'Nothing that is there now would have to be done again.') + \
+    return f'{path} holds another plan. ' + (f'If it is replaced, this has to be done again: {", ".join(redo)}.' if redo else 'Nothing was preprocessed or trained with it that would have to be done again.') + \
         (f' What was trained for {", ".join(gone)} would no longer be in the plan.' if gone else '')
 
 def save_plan(
@@ -221,11 +221,11 @@ class Field:
         for i, v in zip(self.inputs, value if isinstance(value, (list, tuple)) else [value]): i.value = v
         self.auto.value, self.quiet = automatic, False
 
-# %% ../nbs/04b_explorer.ipynb #06b87f72
+# %% ../nbs/04b_explorer.ipynb #b38c0e28
 def _numbers(n, kind=w.IntText):
     "Inputs for so many numbers, one per axis"
     if n == 1: return [kind(layout=_of(width='310px'))]
-    return [kind(description=axis, style=dict(description_width='12px'), layout=_of(width='64px' if n == 3 else '98px')) for axis in 'zyx'[-n:]]
+    return [kind(description=axis, style=dict(description_width='12px'), layout=_of(width='78px' if n == 3 else '98px')) for axis in 'zyx'[-n:]]
 
 def _png(figure):
     "A figure as an HTML image"
@@ -277,7 +277,7 @@ class PlanExplorer:
         self.ask = w.Button(description='What would change it?', layout=_of(width='auto', align_self='flex-start')); self.ask.on_click(lambda _: self.explain())
         self.model_fields, heading = w.VBox(), lambda t: w.HTML(f'<b>{t}</b>')
         data = [_line('', self.hardware, self.memory), *(self.fields[k].row for k in ('spacing', 'cases', 'normalization')), *([self.cascade] if self.choices.fingerprint.dim == 3 else [])]
-        controls = w.VBox([heading('Data and machine'), *data, heading('Model'), self.model, self.model_fields, w.HBox([self.reset_button, self.save_button], layout=_of(margin='10px 0 0 0')), self.saved, heading('Memory of a training step'), self.costs], layout=_of(width='440px', flex='0 0 auto'))
+        controls = w.VBox([heading('Data and machine'), *data, heading('Model'), self.model, self.model_fields, w.HBox([self.reset_button, self.save_button], layout=_of(margin='10px 0 0 0')), self.saved, heading('Memory of a training step'), self.costs], layout=_of(width='460px', flex='0 0 auto'))
         reasons = w.Accordion([w.VBox([self.ask, self.why])], titles=['Why'], selected_index=None)
         views = w.VBox([self.message, self.redo, self.table, reasons], layout=_of(flex='1 1 560px', min_width='0'))
         self.box = w.VBox([self.title, self.picture, w.HBox([controls, views], layout=_of(flex_flow='row wrap'))])

@@ -1,5 +1,5 @@
 "The plan explorer: its state without a browser, the page in a real one, and what the page refuses."
-import asyncio, json, shutil, signal, socket, subprocess, sys, uuid
+import asyncio, json, os, shutil, signal, socket, subprocess, sys, uuid
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,14 +23,16 @@ changes = st.one_of(st.tuples(st.sampled_from(['2d.batch', '3d.batch', '3d_lowre
 @given(st.lists(changes, max_size=6))
 def test_choices_are_what_make_plan_gives_or_one_sentence(steps):
     "Whatever is set in whatever order: the plan is that of the edits, or the last that worked and a reason"
-    c = Choices(abdomen(), 'gpu-12gb')
+    c, fp, hardware, edits = Choices(abdomen(), 'gpu-12gb'), abdomen(), 'gpu-12gb', {}
     for key, value in steps:
         before = c.plan
-        if key == 'clear': c.clear(*c.edits)
+        if key == 'clear': c.clear(*c.edits); edits = {}
         else: c.set(key, value)
-        try: expected = make_plan(c.fingerprint, c.hardware, c.edits)
+        if key == 'hardware': hardware = value
+        elif key != 'clear': edits[key] = value
+        try: expected = make_plan(fp, hardware, edits)
         except DataError as e: assert c.problem == str(e) and c.plan == before
-        else: assert (c.problem, c.plan, c.automatic) == ('', expected, make_plan(c.fingerprint, c.hardware))
+        else: assert (c.problem, c.plan, c.automatic) == ('', expected, make_plan(fp, hardware))
     c.reset()
     assert (c.plan, c.edits, c.problem) == (make_plan(c.fingerprint, 'gpu-12gb'), {}, '')
 
@@ -67,13 +69,13 @@ def test_names_from_elsewhere_are_text():
 @pytest.fixture
 def page(tmp_path):
     "`autounet explore` on a generated fingerprint: the process, its address, the folder"
-    abdomen().save(tmp_path/'fingerprint.json')
+    abdomen().save(tmp_path/'fingerprint.json'); (tmp_path/'private').mkdir()
     words = [str(Path(sys.executable).with_name('autounet')), 'explore', str(tmp_path/'fingerprint.json'), '--hardware', 'gpu-12gb', '--no-browser']
-    p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8', cwd=tmp_path)
+    p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8', cwd=tmp_path, env=os.environ | dict(TMPDIR=str(tmp_path/'private')))
     first = [p.stdout.readline().strip() for _ in range(2)]
     if not first[1].startswith('http://127.0.0.1:'): pytest.fail(f'{first} {p.communicate()}')
     yield p, first[1], tmp_path
-    if p.poll() is None: p.kill(); p.communicate()
+    if p.poll() is None: p.terminate(); p.communicate(timeout=60)
 
 def ask(url, path, method='GET', token=None, host=None, cookie=None):
     "Status and body of one request"
@@ -83,11 +85,12 @@ def ask(url, path, method='GET', token=None, host=None, cookie=None):
     r = c.getresponse()
     return r.status, r.read().decode(errors='replace')
 
-def closed(p):
+def closed(p, folder):
     "Ctrl-C ends it, without a word on stderr, and nothing of it is left"
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 0 and 'Traceback' not in err, err
+    assert not [f for f in (folder/'private').iterdir() if f.name.startswith('autounet_')]
 
 def test_the_page_serves_one_notebook_to_who_has_the_token(page):
     p, url, folder = page
@@ -100,17 +103,17 @@ def test_the_page_serves_one_notebook_to_who_has_the_token(page):
         status, body = ask(url, path, token=token)
         assert status in (403, 404) and 'Abdomen' not in body and 'root:' not in body, path
     for path in ('/api/kernels', '/api/terminals'): assert ask(url, path, 'POST', token=token)[0] in (403, 404)
-    closed(p)
+    closed(p, folder)
 
 def test_only_this_machine_is_listened_to(page):
-    p, url, _ = page
+    p, url, folder = page
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.connect(('192.0.2.1', 9)) # sends nothing; says which address this machine has
         own = s.getsockname()[0]
     if own.startswith('127.'): pytest.skip('this machine has no address but the loopback one')
     with pytest.raises(OSError): socket.create_connection((own, urlsplit(url).port), timeout=5)
     socket.create_connection(('127.0.0.1', urlsplit(url).port), timeout=5).close()
-    closed(p)
+    closed(p, folder)
 
 def kernel_of(url):
     "Opens the page once, without a browser: the id of the process behind it"
@@ -153,7 +156,7 @@ def test_a_visitor_cannot_run_code(page):
     assert not (folder/'run').exists()
     assert ask(url, f'/api/kernels/{kernel}', 'DELETE', token=token)[0] in (403, 405)
     assert ask(url, f'/api/kernels/{kernel}', token=token)[0] == 200
-    closed(p)
+    closed(p, folder)
 
 def test_mistakes_get_one_sentence(autounet, one_line, tmp_path):
     one_line(autounet('explore', tmp_path/'no.json'), 'no.json')
@@ -220,4 +223,4 @@ def test_the_page_in_a_browser(page, tmp_path):
     assert foreign == []
     mine = [e for e in errors if 'https://cdn.jsdelivr.net/' not in e] # Voilà's own template asks there for fonts, and may not have them
     assert mine == []
-    closed(p)
+    closed(p, folder)
