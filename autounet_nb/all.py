@@ -7,6 +7,8 @@ from .rules import *
 from .memory import *
 from .plan import *
 from .change import *
+from .look import *
+from .explore import *
 from .explorer import *
 from .resample import *
 from .preprocess import *

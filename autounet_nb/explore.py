@@ -22,7 +22,7 @@ from .look import *
 # %% ../nbs/04_explore.ipynb #5b8b0b74
 _all_ = ['plot_fingerprint', 'plot_intensities', 'plot_montage']
 
-# %% ../nbs/04_explore.ipynb #a19bf1ba
+# %% ../nbs/04_explore.ipynb #a0771650
 _PLANES = ((0, 1, 2), (1, 0, 2), (2, 0, 1)) # axis that is cut, rows, columns
 
 def _in_mm(c):
@@ -55,7 +55,7 @@ def _draw_patch(ax, c, sheet, down=0, image=None, spacing=None):
         if image is None: _box(ax, at, (case[r], case[k]), fc='.88', ec='.5')
         else: show_slice(ax, image.take(image.shape[cut] // 2, cut), (spacing[r], spacing[k]), gray_window(image), at); _box(ax, at, (case[r], case[k]), fill=False, ec='.5', ls='--')
         _box(ax, at, (patch[r], patch[k]), fc=('C0', .45 if image is None else .25) if lit else ('C0', .15), ec='C0', alpha=None if lit else .6, lw=1.6 if lit else 1, gid='patch')
-        ax.text(at[0], down - tall / 2 - .3 * gap, f'{"zyx"[r]}, {"zyx"[k]}', ha='center', fontsize=7, color='k' if lit else '.6')
+        ax.text(at[0], down - tall / 2 - .4 * gap, f'{"zyx"[r]}, {"zyx"[k]}', ha='center', fontsize=7, color='k' if lit else '.6')
         left += room[k] + gap
     _ruler(ax, 0, down + tall / 2 + .8 * gap, wide)
 
@@ -67,7 +67,7 @@ def _patch_text(c):
     return f'{shape_text(c.patch)} voxels = {" × ".join(f"{patch[i]:.3g}" for i in seen)} mm, ' + \
         ('as large as' if abs(share - 1) < .005 else f'{share:.3g} times' if share > 1 else f'{100 * share:.2g} % of') + f' the median {"slice" if c.dim == 2 else "case"}'
 
-# %% ../nbs/04_explore.ipynb #4fc38afd
+# %% ../nbs/04_explore.ipynb #5f93fb35
 def _underlay(image, spacing):
     "An image (z,y,x) and its spacing, looked at"
     image = np.asarray(image)
@@ -83,14 +83,14 @@ def plot_patch(
     if image is not None: image = _underlay(image, spacing)
     models = list(plan.models.values())
     sheet = _, _, gap, wide, tall = _sheet(models, [] if image is None else [np.multiply(image.shape, spacing)])
-    inch = min(7.5 / wide, 2.6 / tall)
+    inch = min(7.2 / wide, 2.2 / tall)
     fig = Figure(figsize=(max(5.4, wide * inch + .4), len(models) * ((tall + 2.5 * gap) * inch + .35)), dpi=80, layout='constrained')
     for ax, c in zip(fig.subplots(len(models), 1, squeeze=False)[:, 0], models):
         _draw_patch(ax, c, sheet, 0, image, spacing); ax.set_title(f'{c.name}: {_patch_text(c)}', fontsize=9)
         ax.set(xlim=(-.2 * gap, wide + .2 * gap), ylim=(tall / 2 + 1.2 * gap, -tall / 2 - 1.3 * gap), aspect='equal'); ax.set_axis_off()
     return fig
 
-# %% ../nbs/04_explore.ipynb #3cbba5f6
+# %% ../nbs/04_explore.ipynb #a954c6d4
 _ACROSS, _TALL, _WIDE, _ROW, _GAP = 9, 1.4, 1.1, .42, .26 # inches, in the drawing of a U: its width, the highest and widest box, the least height of a level, between levels
 _PLAIN, _WAITS = '#9ecae1', '#fdae6b'
 
@@ -104,10 +104,7 @@ def _boxes(c, down=0):
         res.append((size, x, y - max(h, _ROW) / 2, h, w)); y -= max(h, _ROW) + _GAP
     return res, -y + .2
 
-def _arrow(ax, a, b, full=True, **kw):
-    "An arrow, or in small a line, which is drawn much faster"
-    if full: ax.annotate('', b, a, arrowprops=dict(arrowstyle='-|>', color='.45', shrinkA=0, shrinkB=0, mutation_scale=9, **kw))
-    else: ax.plot(*zip(a, b), color='.45', **kw)
+def _arrow(ax, a, b, **kw): ax.annotate('', b, a, arrowprops=dict(arrowstyle='-|>', color='.45', shrinkA=0, shrinkB=0, mutation_scale=9, **kw))
 
 def _level(ax, c, l, box, font, full):
     "One level of a U: a box on each arm, what they hold, and the connection between them"
@@ -117,19 +114,31 @@ def _level(ax, c, l, box, font, full):
         _box(ax, (at, y), (h, w), fc=_WAITS if waits else _PLAIN, ec='.3', lw=.8, gid=f'level {l}')
         if full or side < 0: ax.text(at + side * (w / 2 + .07), y, f'{c.features[l]} maps' if full else c.features[l], ha='right' if side < 0 else 'left', va='center', fontsize=font, weight='bold')
     kernel = dict(fontsize=font, color='#c05000' if waits else '.3')
-    if not last: _arrow(ax, (x + w / 2, y), (_ACROSS - x - w / 2, y), full, ls='--', lw=.8)
+    if full and not last: _arrow(ax, (x + w / 2, y), (_ACROSS - x - w / 2, y), ls='--', lw=.8)
     below = y - (h / 2 + .08 if last else .05)
     ax.text(_ACROSS / 2, below if last else y + .04, shape_text(size), ha='center', va='top' if last else 'bottom', fontsize=font)
     if full: ax.text(_ACROSS / 2, below - .16 * last, f'kernel {shape_text(c.kernels[l])}', ha='center', va='top', **kernel)
 
+def _way(above, below):
+    "Start and end of the way down on the left between two levels"
+    (_, x, y, h, _), (_, x2, y2, h2, w2) = above, below
+    return (x, y - h / 2), (x2 - (.3 * w2 if x2 == _ACROSS / 2 else 0), y2 + h2 / 2)
+
+def _mirrored(p): return _ACROSS - p[0], p[1]
+
 def _between(ax, stride, above, below, font):
     "The ways down and up between two levels, with the pooling written at them"
-    (_, x, y, h, _), (_, x2, y2, h2, w2) = above, below
-    bottom = x2 == _ACROSS / 2
-    enter = x2 - (.3 * w2 if bottom else 0)
-    _arrow(ax, (x, y - h / 2), (enter, y2 + h2 / 2), font, lw=1.2); _arrow(ax, (_ACROSS - enter, y2 + h2 / 2), (_ACROSS - x, y - h / 2), font, lw=1.2)
-    at, kw = ((x + enter) / 2, (y - h / 2 + y2 + h2 / 2) / 2), dict(va='top', fontsize=font, color='#c05000' if 1 in stride else '.3')
-    if font: ax.text(at[0] - .12, at[1] - .01, f'pool {shape_text(stride)}', ha='right', **kw); ax.text(_ACROSS - at[0] + .12, at[1] - .01, f'up {shape_text(stride)}', ha='left', **kw)
+    start, end = _way(above, below)
+    _arrow(ax, start, end, lw=1.2); _arrow(ax, _mirrored(end), _mirrored(start), lw=1.2)
+    at, kw = ((start[0] + end[0]) / 2 - .12, (start[1] + end[1]) / 2 - .01), dict(va='top', fontsize=font, color='#c05000' if 1 in stride else '.3')
+    ax.text(*at, f'pool {shape_text(stride)}', ha='right', **kw); ax.text(*_mirrored(at), f'up {shape_text(stride)}', ha='left', **kw)
+
+def _wires(ax, boxes):
+    "The connections of a small U: two lines with gaps, which are drawn much faster than arrows"
+    gap, ways = (np.nan, np.nan), [_way(a, b) for a, b in zip(boxes, boxes[1:])]
+    across = [p for _, x, y, _, w in boxes[:-1] for p in ((x + w / 2, y), _mirrored((x + w / 2, y)), gap)]
+    down = [p for a, b in ways for p in (a, b, gap, _mirrored(a), _mirrored(b), gap)]
+    for points, style in ((across, '--'), (down, '-')): ax.plot(*np.transpose(points or [gap]), color='.45', ls=style, lw=.8)
 
 def _ends(ax, c, box, one, font):
     "What comes into a U and what comes out of it; where there is one level, both are at one box"
@@ -143,10 +152,13 @@ def _ends(ax, c, box, one, font):
 
 def _draw_unet(ax, c, font=8, full=True, down=0):
     "The U of one model, in inches; in small without kernels, pooling, in- and output"
-    boxes, tall = _boxes(c, down)
+    boxes, _ = _boxes(c, down)
     for l, box in enumerate(boxes): _level(ax, c, l, box, font, full)
-    for l, (a, b) in enumerate(zip(boxes, boxes[1:])): _between(ax, c.strides[l + 1], a, b, font if full else 0)
-    if full: _ends(ax, c, boxes[0], len(boxes) == 1, font)
+    if not full: return _wires(ax, boxes)
+    for l, (a, b) in enumerate(zip(boxes, boxes[1:])): _between(ax, c.strides[l + 1], a, b, font)
+    _ends(ax, c, boxes[0], len(boxes) == 1, font)
+
+def _levels(c): return f'{len(c.features)} level{"s" * (len(c.features) > 1)}'
 
 def plot_unet(
     config, # a `ModelConfig`
@@ -156,7 +168,7 @@ def plot_unet(
     tall = fig.get_figheight()
     ax = fig.add_axes((0, 0, 1, 1 - .35 / tall)); ax.set_axis_off()
     _draw_unet(ax, config); ax.set(xlim=(0, _ACROSS), ylim=(.35 - tall, 0))
-    fig.text(.5, 1 - .2 / tall, f'{config.name}: {len(config.features)} levels, {count_weights(config):,} weights', ha='center', va='center', fontsize=10)
+    fig.text(.5, 1 - .2 / tall, f'{config.name}: {_levels(config)}, {count_weights(config):,} weights', ha='center', va='center', fontsize=10)
     fig.text(.01, .02, 'boxes: height as the size,\nwidth as the feature maps', fontsize=7, color='.4')
     if any(1 in k for k in config.kernels): fig.text(.99, .02, 'orange: an axis waits', fontsize=7, color='#c05000', ha='right')
     return fig
@@ -245,14 +257,14 @@ def plot_cascade(
     for ax in axs: ax.set(xticks=[], yticks=[])
     return fig
 
-# %% ../nbs/04_explore.ipynb #7c7e163a
+# %% ../nbs/04_explore.ipynb #e0d51bd3
 def plot_plan(
     plan, # `Plan`
 ) -> Figure:
     "A plan at a glance: per model its patch on the median case, its U, its batch and its memory"
     models = list(plan.models.values()); n = len(models)
     sheet = _, _, gap, wide, tall = _sheet(models)
-    row, deep = 2.2, 1.15 * max(_boxes(c)[1] for c in models) # height of a row, in inches and in those of the U
+    row, deep = 2.2, 1.2 * max(_boxes(c)[1] for c in models) # height of a row, in inches and in those of the U
     scale = max((wide + .4 * gap) / 4.2, (tall + 4 * gap) / row) # mm per inch
     fig = Figure(figsize=(12, row * n + .4), dpi=80)
     at = lambda x, y, w, h: fig.add_axes((x / 12, y / fig.get_figheight(), w / 12, h / fig.get_figheight()), frameon=False, xticks=[], yticks=[])
@@ -262,7 +274,7 @@ def plot_plan(
     fig.suptitle(f'{plan.name} on {plan.hardware}{by_hand}', fontsize=11)
     for i, c in enumerate(models):
         bottom = row * (n - 1 - i)
-        fig.text(.01, (bottom + 2.1) / fig.get_figheight(), f'{c.name}: {_patch_text(c)}; {c.batch} per step, {len(c.features)} levels, Dice per {c.dice}', fontsize=9, va='center')
-        _draw_patch(patches, c, sheet, (i + .54) * row * scale); _draw_unet(nets, c, 6.5, False, (i + .06) * deep)
+        fig.text(.01, (bottom + 2.1) / fig.get_figheight(), f'{c.name}: {_patch_text(c)}; {c.batch} per step, {_levels(c)}, Dice per {c.dice}', fontsize=9, va='center')
+        _draw_patch(patches, c, sheet, (i + .54) * row * scale); _draw_unet(nets, c, 6.5, False, (i + .08) * deep)
         _draw_batch(at(8.5, bottom + 1.1, 3.3, .8), plan, c, 7, False); _draw_memory(at(8.5, bottom + .2, 3.3, .8), plan, c, 7, False)
     return fig

@@ -14,7 +14,7 @@ from .data import *
 from .fingerprint import *
 from .rules import *
 
-# %% ../nbs/03c_look.ipynb #da913347
+# %% ../nbs/03c_look.ipynb #2810da1c
 def _dots(ax, values, color, **kw):
     "A row of dots per axis, one for each case (z,y,x), side by side as far as needed"
     shake = (np.arange(len(values)) * .618 + .5) % 1 - .5 # golden ratio: neighbours lie apart
@@ -27,7 +27,7 @@ def _per_axis(ax, values, what, flat, before=None):
     _dots(ax, [[v[i] for i in axes] for v in values], 'C0', label='cropped' if before else None)
     for i, m in enumerate(np.median(values, axis=0)[axes]):
         ax.plot([m, m], [i - .27, i + .27], color='k', lw=1.2); ax.text(m, i - .3, f'{m:.4g}', ha='center', fontsize=7)
-    ax.set(yticks=range(len(axes)), yticklabels=['zyx'[i] for i in axes], ylim=(len(axes) - .5, -.8), xlim=(0, None), title=what); ax.title.set_fontsize(9)
+    ax.set(yticks=range(len(axes)), yticklabels=['zyx'[i] for i in axes], ylim=(len(axes) - .5, -.8), xlim=(0, 1.06 * np.max([values, before or values])), title=what); ax.title.set_fontsize(9)
     if before: ax.legend(fontsize=7, markerscale=2, loc='center left')
 
 def _intensity(ax, s, name):
@@ -125,37 +125,47 @@ def show_slice(
     ax.imshow(plane, cmap='gray', vmin=window[0], vmax=window[1], extent=extent)
     return extent
 
-# %% ../nbs/03c_look.ipynb #af641acf
-def _best_slice(scan):
-    "The slice with most foreground, cut along the coarsest axis: image, mask, mm along its rows and columns"
-    shape, mm, y = scan.image.shape[1:], scan.geometry.spacing, scan.label
-    axis = coarsest_axis(mm) if shape[0] > 1 else 0
-    rest = tuple(a for a in range(3) if a != axis)
-    i = int((y > 0).sum(rest).argmax()) if y is not None and (y > 0).any() else shape[axis] // 2
-    return scan.image[0].take(i, axis), np.zeros([shape[a] for a in rest], int) if y is None else y.take(i, axis), [mm[a] for a in rest]
+# %% ../nbs/03c_look.ipynb #36200dbf
+def _best_slices(scan):
+    "Along each axis the slice with most foreground: image, mask, mm along its rows and columns"
+    mm, y = scan.geometry.spacing, np.zeros(scan.image.shape[1:], int) if scan.label is None else scan.label
+    for axis in range(3):
+        rest = tuple(a for a in range(3) if a != axis)
+        count = (y > 0).sum(rest)
+        i = int(count.argmax()) if count.any() else y.shape[axis] // 2
+        yield scan.image[0].take(i, axis), y.take(i, axis), [mm[a] for a in rest]
 
-def _panel(ax, scan):
-    "One case: its best slice with contours; the classes in it"
-    x, y, mm = _best_slice(scan)
-    left, right, bottom, top = show_slice(ax, x, mm, gray_window(scan.image[0]))
+def _panel(ax, x, y, mm, window):
+    "One slice with contours; the classes in it"
+    left, right, bottom, top = show_slice(ax, x, mm, window)
     at = [(np.arange(n) + .5) * s + o for n, s, o in zip(y.shape, mm, (top, left))]
     classes = [k for k in np.unique(y[y > 0]).tolist() if (y != k).any() and min(y.shape) > 1]
     for k in classes: ax.contour(at[1], at[0], y == k, [.5], colors=_color(k), linewidths=1.2)
-    ax.set_axis_off(); ax.set_title(scan.id[:18], fontsize=8)
+    ax.set_axis_off()
     return classes
+
+def _one_scale(fig, cols, rows):
+    "Give all panels the limits of the largest, and the figure the size for it"
+    half = [max(abs(v) for ax in fig.axes for v in limits(ax)) for limits in (lambda a: a.get_xlim(), lambda a: a.get_ylim())]
+    for ax in fig.axes: ax.set(xlim=(-half[0], half[0]), ylim=(half[1], -half[1]))
+    inch = min(8.5 / cols / half[0], 2.4 / half[1])
+    fig.set_size_inches(max(3, cols * half[0] * inch), rows * (half[1] * inch + .25) + .4)
 
 def plot_montage(
     dataset, # `Dataset`
     most=8, # cases
 ) -> Figure:
     "The slice with most foreground of several cases, with contours of the classes, all to one scale"
-    cases, found = _some(dataset, most), set()
+    cases, slices, windows, spacings, found = _some(dataset, most), [], [], [], set()
+    for scan in map(read_case, cases):
+        slices.append(list(_best_slices(scan))); windows.append(gray_window(scan.image[0])); spacings.append(scan.geometry.spacing)
+    flat = all(len(s[1][0]) == 1 for s in slices) # seen from the side, a picture has one row
+    axis = 0 if flat else coarsest_axis(np.median(spacings, axis=0))
     cols = min(4, len(cases)); rows = ceil(len(cases) / cols)
     fig = Figure(dpi=80, layout='constrained')
-    for i, case in enumerate(cases): found |= set(_panel(fig.add_subplot(rows, cols, i + 1), read_case(case)))
-    half = [max(abs(v) for ax in fig.axes for v in lim(ax)) for lim in (lambda a: a.get_xlim(), lambda a: a.get_ylim())]
-    for ax in fig.axes: ax.set(xlim=(-half[0], half[0]), ylim=(half[1], -half[1]))
-    inch = min(8.5 / cols / half[0], 2.4 / half[1])
-    fig.set_size_inches(max(3, cols * half[0] * inch), rows * (half[1] * inch + .25) + .4)
+    for i, case in enumerate(cases):
+        ax = fig.add_subplot(rows, cols, i + 1); ax.set_title(case.id[:18], fontsize=8)
+        found |= set(_panel(ax, *slices[i][axis], windows[i]))
+    _one_scale(fig, cols, rows)
     _legend(fig, dataset, found)
     return fig
