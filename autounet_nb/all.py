@@ -9,6 +9,7 @@ from .plan import *
 from .change import *
 from .look import *
 from .explore import *
+from .explorer import *
 from .resample import *
 from .preprocess import *
 from .unet import *
