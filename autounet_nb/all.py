@@ -3,7 +3,13 @@ from .data import *
 from .phantom import *
 from .check import *
 from .fingerprint import *
+from .rules import *
+from .memory import *
 from .plan import *
+from .change import *
+from .look import *
+from .explore import *
+from .explorer import *
 from .resample import *
 from .preprocess import *
 from .unet import *
@@ -14,5 +20,6 @@ from .train import *
 from .windows import *
 from .restore import *
 from .predict import *
+from .foresee import *
 from .evaluate import *
 from .crossval import *

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['POINTS', 'normalize', 'preprocess_case', 'Prepared', 'preprocess']
 
-# %% ../nbs/06_preprocess.ipynb #eaf86d30
-import math
+# %% ../nbs/06_preprocess.ipynb #a1df50d1
+import math, os
 from functools import cached_property, partial
 from pathlib import Path
 import blosc2, numpy as np
 from .data import *
 from .fingerprint import *
+from .memory import *
 from .resample import *
 
 # %% ../nbs/06_preprocess.ipynb #4c26cbfe
@@ -212,19 +213,27 @@ def _prepare(case, plan, folder, spacing, slice_axis):
     with atomic(folder/f'{case.id}_points.npz') as tmp, open(tmp, 'wb') as f: np.savez(f, **{str(k): v for k, v in points.items()})
     write_json(path, dict(id=case.id, **meta, spacing=list(spacing), has_label=y is not None, geometry=geometry.to_dict(), key=key))
 
-# %% ../nbs/06_preprocess.ipynb #b0a9e333
+# %% ../nbs/06_preprocess.ipynb #d83005bb
+def _fitting(work, spacing, workers):
+    "Processes that fit into memory, as far as the fingerprint in the work folder tells"
+    path = Path(work)/'fingerprint.json'
+    if workers == 1 or not path.exists(): return workers
+    needs, wanted = prepare_needs(Fingerprint.load(path), spacing, workers), workers or os.cpu_count()
+    if needs['workers'] < wanted: print(f'Preprocessing with {needs["workers"]} of {wanted} processes: each needs up to {bytes_text(needs["memory"])}, and {bytes_text(available_memory())} of memory are free.')
+    return needs['workers']
+
 def preprocess(
     dataset, # `Dataset`
     plan, # `Plan`
     work, # work folder; files go to WORK/prep/STAGE
     stage='full', # 'full' or 'lowres'
-    workers=None, # processes; None: one per CPU
+    workers=None, # processes, at most as many as fit into memory; None: one per CPU
 ) -> list: # of `Prepared`, in the order of the dataset
     "Preprocess all cases that aren't finished yet; DataError names those that fail when the others are done"
     folder, (spacing, axis) = Path(work)/'prep'/stage, _stage(plan, stage)
     todo = [c for c in dataset if not _finished(folder, c.id, _key(c, plan, spacing, axis))]
     run = partial(_prepare, plan=plan, folder=folder, spacing=spacing, slice_axis=axis)
-    done = pmap(run, todo, workers, desc='preprocess')
+    done = pmap(run, todo, _fitting(work, spacing, workers) if todo else 1, desc='preprocess')
     failed = {c.id: e if isinstance(e, DataError) else f'case {c.id}: {type(e).__name__}: {e}' for c, e in done if isinstance(e, Exception)}
     if failed: raise DataError(f'{len(failed)} of {len(dataset)} cases could not be preprocessed, the others are done:\n' + '\n'.join(str(failed[k]) for k in sorted(failed)))
     return [Prepared(folder, c.id) for c in dataset]

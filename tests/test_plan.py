@@ -3,7 +3,7 @@ import json, math
 import pytest
 from hypothesis import given, settings, strategies as st
 from autounet_nb.data import DataError
-from autounet_nb.plan import HARDWARE, MAX_FEATURES, MAX_POOLS, MIN_BATCH, Plan, lowres, make_plan, needs_cascade, pooling, sketch_fingerprint
+from autounet_nb.plan import HARDWARE, MAX_FEATURES, MAX_POOLS, MIN_BATCH, Plan, lowres, make_plan, needs_cascade, pooling, sketch_fingerprint, training_memory
 
 REFERENCE = [ # dataset, median shape, spacing, cases, median shape of the first stage
     ('Heart', (115, 320, 232), (1.37, 1.25, 1.25), 20, (58, 160, 116)),
@@ -42,7 +42,11 @@ def test_every_plan_keeps_the_rules(shape, spacing, n, hardware, channels, class
         seen = [i for i in range(3) if i != c.slice_axis]
         assert math.prod(c.patch) * MIN_BATCH <= step, 'two patches must fit'
         five_percent = math.floor(.05 * n * math.prod(c.median_shape) / math.prod(c.patch) + .5)
-        assert c.batch == max(2, min(step // math.prod(c.patch), five_percent))
+        assert sum(training_memory(c, hw.precision).values()) <= hw.memory, 'a step fits the hardware'
+        by_rule = max(2, min(step // math.prod(c.patch), five_percent))
+        if plan.reasons[f'{c.name}.batch']['tried']: # the rules asked for more memory than there is, and smaller steps were tried
+            assert c.batch <= by_rule and 'would take' in plan.why(f'{c.name}.batch')
+        else: assert c.batch == by_rule
         assert all(p % 2**k == 0 for p, k in zip(c.patch, c.pools))
         assert max(c.pools) <= MAX_POOLS[c.dim]
         bottom = [p // 2**k for p, k in zip(c.patch, c.pools)]
@@ -101,3 +105,11 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path):
     for text, message in (('[]', 'not a plan'), ('{}', 'it lacks'), ('{"version"', 'JSON')):
         (tmp_path/'p.json').write_text(text)
         with pytest.raises(DataError, match=message): Plan.load(tmp_path/'p.json')
+
+def test_memory_steps_in_only_where_the_rules_ask_for_too_much():
+    "Hundreds of classes: a smaller step; the reference datasets: untouched"
+    few, many = (make_plan(sketch_fingerprint((200, 300, 300), n=50, classes=k), 'gpu-12gb') for k in (3, 900))
+    assert math.prod(many.models['3d'].patch) < math.prod(few.models['3d'].patch)
+    assert not few.reasons['3d.batch']['tried'] and many.reasons['3d.batch']['tried']
+    hw = HARDWARE['gpu-12gb']
+    assert all(sum(training_memory(c, hw.precision).values()) <= hw.memory for c in many.models.values())
