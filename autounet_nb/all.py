@@ -16,6 +16,7 @@ from .unet import *
 from .loss import *
 from .augment import *
 from .patches import *
+from .schedule import *
 from .train import *
 from .windows import *
 from .restore import *

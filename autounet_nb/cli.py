@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 import argparse, json, os, sys
 
-# %% ../nbs/15_cli.ipynb #3d6dd6cc
+# %% ../nbs/15_cli.ipynb #9080e8cc
 def _numbers(text):
     "'0,1' → [0, 1]"
     try: return [int(t) for t in text.split(',')]
@@ -24,9 +24,14 @@ def _above_zero(kind):
     def number(text):
         try: value = kind(text)
         except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a number') from None
-        if not value > 0: raise argparse.ArgumentTypeError(f'{text} is not more than 0')
+        if not 0 < value < float('inf'): raise argparse.ArgumentTypeError(f'{text} is not a number above 0')
         return value
     return number
+
+def _seed(text):
+    "A seed for argparse"
+    if not (text.isascii() and text.isdigit() and len(text) < 10): raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 0 to 999999999')
+    return int(text)
 
 def _port(text):
     "A number that a port can have; 0 means any that is free"
@@ -44,10 +49,10 @@ def _budget_options(p):
     g = p.add_mutually_exclusive_group()
     g.add_argument('--minutes', type=_above_zero(float), metavar='M', help='train for M minutes, shared out among the trainings of this command')
     g.add_argument('--steps', type=_above_zero(int), metavar='N', help='train each network for N steps; without --minutes or --steps it is trained as in the paper, which takes days')
-    p.add_argument('--seed', type=int, default=0, metavar='S', help='same seed, same result (default 0)')
+    p.add_argument('--seed', type=_seed, default=0, metavar='S', help='same seed, same result (default 0)')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: cuda if there is one)')
 
-# %% ../nbs/15_cli.ipynb #58c0a92f
+# %% ../nbs/15_cli.ipynb #fece4da1
 def _scan(a):
     from autounet_nb.data import scan
     return scan(a.data, images=a.images, labels=a.labels, modalities=a.modalities)
@@ -62,21 +67,29 @@ def check_command(a):
 def fingerprint_command(a):
     "Measure a dataset: shapes, spacings, intensities under the masks; writes WORK/fingerprint.json"
     from autounet_nb.fingerprint import extract_fingerprint
+    from autounet_nb.crossval import keep_apart
     dataset, work = _scan(a), Path(a.work)
+    keep_apart(dataset, work)
     fp = extract_fingerprint(dataset, work, workers=a.workers, anonymous=a.anonymous)
-    dataset.save(work/'dataset.json')
+    dataset.save(work/'cases.json')
     print(fp)
 
 def plan_command(a):
     "Decide everything from a fingerprint, and say why"
     from autounet_nb.fingerprint import Fingerprint
     from autounet_nb.plan import make_plan
+    from autounet_nb.change import diff, explain, replan
     source = Path(a.fingerprint)
+    fp = Fingerprint.load(source/'fingerprint.json' if source.is_dir() else source)
     out = Path(a.output) if a.output else source/'plan.json' if source.is_dir() else None
-    plan = make_plan(Fingerprint.load(source/'fingerprint.json' if source.is_dir() else source), a.hardware)
-    if out: plan.save(out)
-    print(json.dumps(plan.to_dict(), indent=1) if a.json else plan)
-    if a.why and not a.json: print('\n' + plan.why())
+    plan, old = replan(fp, out, a.hardware, a.set, a.automatic) if out else (make_plan(fp, a.hardware, a.set), None)
+    if a.json: print(json.dumps(plan.to_dict(), indent=1)); return
+    print(plan)
+    if a.why: print('\n' + explain(fp, plan))
+    if old and (differs := diff(old, plan)): print(f'\nwhat differs from the plan that was there\n{differs}')
+    if a.foresee:
+        from autounet_nb.foresee import foresee
+        print(f'\n{foresee(fp, plan)}')
 
 def explore_command(a):
     "Try out a plan in the browser: set values by hand, see what follows, save it"
@@ -97,7 +110,7 @@ def preprocess_command(a):
     from autounet_nb.preprocess import preprocess
     work, plan = Path(a.work), Plan.load(Path(a.work)/'plan.json')
     for stage in a.stages or sorted({c.stage for n, c in plan.models.items() if n in ('2d', '3d')}):
-        cases = preprocess(Dataset.load(work/'dataset.json'), plan, work, stage, workers=a.workers)
+        cases = preprocess(Dataset.load(work/'cases.json'), plan, work, stage, workers=a.workers)
         print(f'{len(cases)} cases are preprocessed in {work/"prep"/stage}')
 
 def train_command(a):
@@ -127,7 +140,7 @@ def demo_command(a):
     from autounet_nb.crossval import demo
     demo(a.folder, steps=a.steps, seed=a.seed)
 
-# %% ../nbs/15_cli.ipynb #cb9e1b1f
+# %% ../nbs/15_cli.ipynb #110265f5
 def _parser():
     "The parser of all commands"
     parser = argparse.ArgumentParser('autounet', description='Self-configuring medical image segmentation. Give it a folder of scans with masks; it decides, trains and segments.',
@@ -147,12 +160,15 @@ def _parser():
         if name == 'run':
             p.add_argument('--models', type=_names, metavar='NAMES', help='which models, e.g. 2d,3d (default: both)')
             p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds of the cross-validation, e.g. 0 or 0,1,2 (default: all)')
-            p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb or cpu (default: what this machine has)')
+            p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
             _budget_options(p)
     p = add('plan', plan_command, ('FINGERPRINT', 'fingerprint.json, or a work folder that has one'))
     p.add_argument('-o', '--output', metavar='FILE', help='where to write the plan (default: plan.json in the work folder; nowhere for a single file)')
-    p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb or cpu (default: what this machine has)')
-    p.add_argument('--why', action='store_true', help='print the reason of every value'); p.add_argument('--json', action='store_true', help='print plan.json')
+    p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
+    p.add_argument('--set', action='append', metavar='NAME=VALUE', help='set a value by hand, the others follow; e.g. 3d.patch=64,128,128, 2d.batch=8, spacing=2,1,1, cascade=no. May be given several times, and stays set')
+    p.add_argument('--automatic', action='store_true', help='forget what was set by hand')
+    p.add_argument('--why', action='store_true', help='print the reason of every value, and what would change it'); p.add_argument('--json', action='store_true', help='print plan.json')
+    p.add_argument('--foresee', action='store_true', help='time a few training steps, and print the memory, disk and time that the plan will take')
     p = add('explore', explore_command, ('SOURCE', 'fingerprint.json, a work folder that has one, or a folder of scans and masks'))
     p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
     p.add_argument('-o', '--output', metavar='FILE', help='where the save button writes (default: plan.json beside the fingerprint, or in the current folder for scans)')
@@ -170,7 +186,7 @@ def _parser():
     p = add('evaluate', evaluate_command, ('PREDICTIONS', 'folder of segmentations'), ('LABELS', 'folder of true masks with the same names'))
     p.add_argument('--json', action='store_true', help='print the scores as JSON')
     p = add('demo', demo_command); p.add_argument('folder', nargs='?', default='demo', metavar='FOLDER', help='where to put it (default: demo)')
-    p.add_argument('--steps', type=_above_zero(int), default=150, metavar='N', help='training steps (default 150)'); p.add_argument('--seed', type=int, default=0, metavar='S', help='default 0')
+    p.add_argument('--steps', type=_above_zero(int), default=150, metavar='N', help='training steps (default 150)'); p.add_argument('--seed', type=_seed, default=0, metavar='S', help='default 0')
     return parser
 
 # %% ../nbs/15_cli.ipynb #36764dd3

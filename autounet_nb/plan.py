@@ -9,9 +9,9 @@ __all__ = ['PLAN_VERSION', 'Facts', 'dataset_facts', 'ModelConfig', 'read_edits'
            'needs_cascade', 'LowRes', 'lowres', 'channel_normalization', 'shape_text', 'MIN_BATCH', 'MIN_SIZE',
            'MAX_POOLS', 'MAX_SHARE', 'MAX_FEATURES', 'CASCADE_RATIO', 'MIN_CROPPED', 'training_memory', 'bytes_text']
 
-# %% ../nbs/03_plan.ipynb #c909fa18
+# %% ../nbs/03_plan.ipynb #5bb63960
 from dataclasses import dataclass, field, asdict, fields, replace
-from functools import partial
+from hashlib import blake2b
 import json, math
 import numpy as np
 from .data import *
@@ -274,8 +274,11 @@ def _reasons(ask, c, patch, dropped, cascade):
     why['dice'] = _reason('set by hand', f'asked for {c.dice}', cascade=cascade) if 'dice' in e else _reason('Training Procedure', seen, cascade=cascade)
     return {f'{c.name}.{k}': v for k, v in why.items()}
 
-# %% ../nbs/03_plan.ipynb #c09dbb15
+# %% ../nbs/03_plan.ipynb #06b2a5bd
 PLAN_VERSION = 1
+
+def _mark(d): # a short text that changes with the content of a plan
+    return blake2b(json.dumps(d, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 @dataclass(frozen=True)
 class Plan:
@@ -293,8 +296,13 @@ class Plan:
     reasons: dict = field(default_factory=dict) # 'model.field' → rule, because, numbers, tried
     edits: dict = field(default_factory=dict) # what was set by hand, as `read_edits` gives it
 
-    def to_dict(self): return asdict(self)
+    @property
+    def reading(self): return dict(normalization=self.normalization, label_values=self.label_values) # what a trained network takes for granted
+    def to_dict(self): return (d := asdict(self)) | dict(made=_mark(d))
     def save(self, path): write_json(path, self.to_dict())
+    @staticmethod
+    def untouched(path): # false where somebody edited the file
+        return isinstance(d := read_json(path), dict) and d.pop('made', None) == _mark(d)
 
     @classmethod
     def from_dict(cls, d, source='plan'):

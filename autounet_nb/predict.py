@@ -6,9 +6,9 @@
 __all__ = ['predict_case', 'predict', 'segment', 'gaussian_window', 'sliding_window', 'restore', 'restore_probabilities',
            'keep_largest']
 
-# %% ../nbs/12_predict.ipynb #61ebb44d
+# %% ../nbs/12_predict.ipynb #a4902b01
 from pathlib import Path
-import os
+import json, os, re
 import numpy as np, torch
 from .data import *
 from .arrays import _check_mask, _writable
@@ -58,35 +58,50 @@ def predict_case(
     "Label values (z,y,x) on the scan's own grid"
     return _labels(*_probabilities(image, spacing, plan, models, tta, device), image.shape[1:], plan, largest)
 
-# %% ../nbs/12_predict.ipynb #61f54dc8
+# %% ../nbs/12_predict.ipynb #2189f1ef
 def _trained(work):
     "model → numbers of its trained folds"
     res = {}
-    for f in sorted(Path(work).glob('models/*/fold_*/weights.safetensors')): res.setdefault(f.parts[-3], []).append(int(f.parts[-2][5:]))
+    for f in sorted(Path(work).glob('models/*/fold_*/weights.safetensors')):
+        if k := re.fullmatch(r'fold_(\d+)', f.parts[-2]): res.setdefault(f.parts[-3], []).append(int(k[1])) # a copy may lie beside it
     return res
 
 def _held_out_dice(work, model, folds):
     "Mean Dice of the folds that were scored; −1 where none was"
     files = [Path(work)/'models'/model/f'fold_{k}'/'validation'/'scores.json' for k in folds]
-    dice = [d for f in files if f.exists() and (d := read_json(f)['mean']['dice']) is not None]
+    dice = [_dice_in(read_json(f)) for f in files if f.exists()]
+    dice = [d for d in dice if isinstance(d, (int, float))]
     return sum(dice)/len(dice) if dice else -1.
+
+def _dice_in(d): # mean Dice of scores that may be damaged, or None
+    return d['mean'].get('dice') if isinstance(d, dict) and isinstance(d.get('mean'), dict) else None
 
 def _load(work, model, folds, device):
     "The plan, and (network, ModelConfig) of each fold"
     plan, trained = Plan.load(Path(work)/'plan.json'), _trained(work)
     if not trained: raise DataError(f'{work}: holds no trained model; train one with `autounet run` or `autounet train`')
+    if model and model not in trained: raise DataError(f'{work}: model {model!r} has no trained fold; trained are {", ".join(trained)}')
     model = model or max(trained, key=lambda m: (_held_out_dice(work, m, trained[m]), m == '3d'))
     if folds is None: folds = trained.get(model, [0])
     models = [load_model(work, model, k, device) for k in folds]
-    for net, c in models:
+    for k, (net, c) in zip(folds, models):
+        if net.reading and net.reading != json.loads(json.dumps(plan.reading)): raise DataError(f'{work}: model {model}, fold {k} was trained with another normalisation or other classes than plan.json says now; train it again, or bring back the plan')
         if c.in_channels != len(plan.modalities): raise DataError(f'model {model} sees {c.in_channels} channels and the plan has {len(plan.modalities)}; the second stage of a cascade cannot predict on its own')
         net.to(memory_format=torch.channels_last_3d if c.dim == 3 else torch.channels_last)
     return plan, models
 
-# %% ../nbs/12_predict.ipynb #fe1f7a83
+# %% ../nbs/12_predict.ipynb #72200dcd
 _FORMATS = {'.jpg': '.png', '.jpeg': '.png', '.bmp': '.png', '.nhdr': '.nrrd', '.mhd': '.mha'} # what is read, but not written
 
 def _same(a, b): return os.path.realpath(a) == os.path.realpath(b) or (os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b))
+
+def _stamp(path): return [path.stat().st_size, path.stat().st_mtime_ns]
+
+def _written(out):
+    "Name → size and time of the results in a folder, as they were written"
+    path = Path(out)/'predictions.json'
+    d = read_json(path) if path.exists() else {}
+    return d['files'] if isinstance(d, dict) and isinstance(d.get('files'), dict) else {}
 
 def _targets(cases, out, suffix):
     "Pairs of case and file to write"
@@ -98,9 +113,12 @@ def _targets(cases, out, suffix):
         res[path] = c
     for path, f in ((p, f) for p in res for c in cases for f in (*c.images, c.label) if f and Path(f).name == p.name):
         if _same(path, f): raise DataError(f'{path}: the result would replace the file it is made from, or its mask; choose another folder for the results')
+    ours = _written(out)
+    for path in res:
+        if path.exists() and ours.get(path.name) != _stamp(path): raise DataError(f'{path}: is there already, and is not what autounet wrote; choose another folder for the results, or move it away')
     return [(c, p) for p, c in res.items()]
 
-# %% ../nbs/12_predict.ipynb #60f059fc
+# %% ../nbs/12_predict.ipynb #78b847b9
 def _predict_file(case, path, plan, models, tta, largest, probabilities, device):
     "Read, predict and write one scan"
     s = read_case(case, label=False)
@@ -129,17 +147,19 @@ def predict(
 ):
     "Segment scans; returns the files written, each on the grid of its scan"
     if suffix and suffix not in _writable: raise DataError(f'{suffix!r} is no format for masks; choose one of {", ".join(_writable)}')
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = find_device(device)
     plan, models = _load(work, model, folds, device)
     known = isinstance(scans, Dataset) or (isinstance(scans, (list, tuple)) and all(isinstance(s, Case) for s in scans))
     todo, failed = _targets(list(scans) if known else find_scans(scans, len(plan.modalities)), out, suffix), []
     for case, path in progress(todo, desc='predicting'):
-        try: _predict_file(case, path, plan, models, tta, largest, probabilities, device)
+        try:
+            _predict_file(case, path, plan, models, tta, largest, probabilities, device)
+            write_json(Path(out)/'predictions.json', dict(model=models[0][1].name, mirrored=tta and models[0][0].mirrored, files=_written(out) | {path.name: _stamp(path)}))
         except Exception as e: failed.append((_failure(case, e), e))
     if failed: raise DataError(f'{len(failed)} of {len(todo)} scans failed, the others are in {out}. ' + '; '.join(t for t, _ in failed)) from failed[0][1]
     return [path for _, path in todo]
 
-# %% ../nbs/12_predict.ipynb #fdd39e22
+# %% ../nbs/12_predict.ipynb #dbc3e95a
 def segment(
     work, # work folder with trained models
     image, # array (z,y,x), or (c,z,y,x) with channels
@@ -151,8 +171,9 @@ def segment(
     device=None, # None: CUDA if there is one
 ):
     "Label values (z,y,x) of an array"
-    x = np.asarray(image, np.float32)
-    if x.ndim not in (3, 4) or len(spacing) != 3: raise DataError(f'an image has the axes (z,y,x) or (c,z,y,x), and three spacings; this one has shape {x.shape} and spacing {tuple(spacing)}')
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try: x, mm = np.asarray(image, np.float32), tuple(map(float, spacing))
+    except (TypeError, ValueError): raise DataError(f'an image is an array of numbers, and its spacing three numbers in mm, not {spacing!r}') from None
+    if x.ndim not in (3, 4) or not x.size or len(mm) != 3: raise DataError(f'an image has the axes (z,y,x) or (c,z,y,x), and three spacings; this one has shape {x.shape} and spacing {mm}')
+    device = find_device(device)
     plan, models = _load(work, model, folds, device)
-    return predict_case(x if x.ndim == 4 else x[None], tuple(spacing), plan, models, tta, largest, device)
+    return predict_case(x if x.ndim == 4 else x[None], mm, plan, models, tta, largest, device)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['POINTS', 'normalize', 'preprocess_case', 'Prepared', 'preprocess']
 
-# %% ../nbs/06_preprocess.ipynb #a1df50d1
+# %% ../nbs/06_preprocess.ipynb #36f8066f
 import math, os
 from functools import cached_property, partial
+from hashlib import blake2b
 from pathlib import Path
 import blosc2, numpy as np
 from .data import *
@@ -163,8 +164,8 @@ class Prepared:
     def geometry(self): return Geometry.from_dict(self.meta['geometry']) # of the scan it comes from
     def __repr__(self): return f'Prepared {self.id}: {"×".join(map(str, self.meta["shape"]))} voxels, stage {self.folder.name}'
 
-# %% ../nbs/06_preprocess.ipynb #c16d517e
-_VERSION = 1 # of the files; raise it when the same input gives other files
+# %% ../nbs/06_preprocess.ipynb #a29b97b5
+_VERSION = 2 # of the files; raise it when the same input gives other files
 
 def _sources(case):
     "Name, size and time of the files of a case"
@@ -190,7 +191,7 @@ def _finished(folder, id, key):
     names = [f'{id}.b2nd', f'{id}_points.npz'] + [f'{id}_label.b2nd']*meta['has_label']
     return all((folder/n).exists() for n in names)
 
-# %% ../nbs/06_preprocess.ipynb #37d70f0c
+# %% ../nbs/06_preprocess.ipynb #7868bed5
 def _stage(
     plan, # `Plan`
     stage, # 'full' or 'lowres'
@@ -199,6 +200,13 @@ def _stage(
     models = [c for c in plan.models.values() if c.stage == stage]
     if not models: raise DataError(f'the plan has no model that sees stage {stage!r}; it has {", ".join(sorted({c.stage for c in plan.models.values()}))}')
     return models[0].spacing, next((c.slice_axis for c in models if c.slice_axis is not None), 0)
+
+def _digest(*arrays):
+    "A short text that changes when a voxel does"
+    h = blake2b(digest_size=8)
+    for a in arrays:
+        if a is not None: h.update(str(a.shape).encode()); h.update(np.ascontiguousarray(a))
+    return h.hexdigest()
 
 def _prepare(case, plan, folder, spacing, slice_axis):
     "Preprocess a case and write its files, the JSON file last"
@@ -211,7 +219,7 @@ def _prepare(case, plan, folder, spacing, slice_axis):
     if y is not None: _write_array(folder/f'{case.id}_label.b2nd', y, slice_axis)
     points = {} if y is None else _points(y, case.id)
     with atomic(folder/f'{case.id}_points.npz') as tmp, open(tmp, 'wb') as f: np.savez(f, **{str(k): v for k, v in points.items()})
-    write_json(path, dict(id=case.id, **meta, spacing=list(spacing), has_label=y is not None, geometry=geometry.to_dict(), key=key))
+    write_json(path, dict(id=case.id, **meta, spacing=list(spacing), has_label=y is not None, geometry=geometry.to_dict(), digest=_digest(x, y), key=key))
 
 # %% ../nbs/06_preprocess.ipynb #d83005bb
 def _fitting(work, spacing, workers):
