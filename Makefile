@@ -1,10 +1,11 @@
 # make demo   the whole line on generated scans, ends with a Dice table and a picture
 # make test   installs what development needs and runs every test, the notebooks included
 # make readme writes README.md from nbs/index.ipynb
+# make docs   every notebook as a page, in site/index.html
 PYTHON ?= python3
 V := .venv/bin
 
-.PHONY: demo test readme clean
+.PHONY: demo test readme docs clean
 
 demo: .venv/installed
 	$(V)/autounet demo demo
@@ -14,6 +15,10 @@ test: .venv/installed-dev
 
 readme: .venv/installed-dev
 	$(V)/python .ci/readme.py
+
+docs: .venv/installed
+	$(V)/python -m pip install --quiet -e '.[docs]'
+	$(V)/mkdocs build --quiet
 
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: install Python 3.10 or newer, or say which one with 'make PYTHON=…'."; exit 1; }
@@ -30,4 +35,4 @@ readme: .venv/installed-dev
 	@touch .venv/installed $@
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv demo build site *.egg-info
