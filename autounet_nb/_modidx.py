@@ -594,6 +594,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'autounet_nb.rules.Patch': ('rules.html#patch', 'autounet_nb/rules.py'),
                                    'autounet_nb.rules.Pooling': ('rules.html#pooling', 'autounet_nb/rules.py'),
                                    'autounet_nb.rules._awake': ('rules.html#_awake', 'autounet_nb/rules.py'),
+                                   'autounet_nb.rules._leap': ('rules.html#_leap', 'autounet_nb/rules.py'),
                                    'autounet_nb.rules._scaled': ('rules.html#_scaled', 'autounet_nb/rules.py'),
                                    'autounet_nb.rules.batch_size': ('rules.html#batch_size', 'autounet_nb/rules.py'),
                                    'autounet_nb.rules.channel_normalization': ('rules.html#channel_normalization', 'autounet_nb/rules.py'),
