@@ -104,9 +104,9 @@ class Case:
         if not isinstance(self.id, str) or not self.id or self.id[0] == '.' or re.search(r'[/\\\0]', self.id):
             raise DataError(f'{self.id!r} cannot be the id of a case, because results are named after it; rename the case')
 
-# %% ../nbs/00_cases.ipynb #ebadbe95
+# %% ../nbs/00_cases.ipynb #6694f077
 _PATH = Kind('text', lambda v: isinstance(v, str))
-_DATASET = dict(name=_PATH, root=_PATH, layout=_PATH, modalities=[_PATH], labels={str: whole_number(0, 2**31 - 1)}, unpaired={str: _PATH},
+_DATASET = dict(name=_PATH, root=_PATH, layout=_PATH, modalities=[_PATH], labels={str: whole_number(0, 65535)}, unpaired={str: _PATH},
                 cases=[dict(id=_PATH, images=[_PATH], label=Kind('text or null', lambda v: v is None or isinstance(v, str)))])
 
 @dataclass(frozen=True, repr=False)

@@ -101,7 +101,7 @@ def _classes(
     value[whole[y > 0]] = y[y > 0]
     return dict(zip(values.tolist(), voxels.tolist())), {v: int((value == v).sum()) for v in values.tolist()}
 
-# %% ../nbs/02_fingerprint.ipynb #9e04a361
+# %% ../nbs/02_fingerprint.ipynb #877cf441
 class _Facts(NamedTuple):
     "What the fingerprint needs of one case"
     id: str
@@ -119,7 +119,7 @@ def _measure(
     "Read one case and measure it"
     _, image, label, geometry = read_case(case)
     if label is None: raise DataError(f'case {case.id}: it has no mask; draw one or leave the case out')
-    if label.min() < 0: raise DataError(f'case {case.id}: mask {case.label} holds the value {label.min()}; background is 0, classes are above')
+    if label.min() < 0 or label.max() > 65535: raise DataError(f'case {case.id}: mask {case.label} holds values from {label.min()} to {label.max()}; background is 0, classes are above, up to 65535')
     box = nonzero_box(image)
     y = label[box]
     try: counts = tuple(ValueCounts().add(c[box][y > 0]) for c in image)
@@ -175,8 +175,8 @@ def fingerprint_case(
         _remember(facts, key, path)
     return facts
 
-# %% ../nbs/02_fingerprint.ipynb #0818fe92
-_STATISTIC, _CLASSES = real_number(-3.5e38, 3.5e38), {str: whole_number(0, 2**31 - 1)}
+# %% ../nbs/02_fingerprint.ipynb #27ed43b7
+_STATISTIC, _CLASSES = real_number(-3.5e38, 3.5e38), {str: whole_number(0, 65535)} # what float32 and masks can hold
 _CASE = dict(id=TEXT, shape=(whole_number(1, 100_000),)*3, spacing=(real_number(1e-6, 1e4),)*3, cropped_shape=(whole_number(1, 100_000),)*3)
 _FORM = dict(version=whole_number(1, 1000), name=TEXT, dim=one_of(2, 3), modalities=[TEXT], labels=_CLASSES, cases=[_CASE],
              intensities=[{k: real_number(0, 3.5e38) if k == 'sd' else _STATISTIC for k in ('mean', 'sd', 'p00_5', 'p50', 'p99_5', 'min', 'max')}],
@@ -186,6 +186,7 @@ def _flaw(d): # the fields of a fingerprint
     "What is wrong with them, or None"
     if why := flaw(d, _FORM): return why
     values, classes = list(d['labels'].values()), {k for k, v in d['labels'].items() if v}
+    if len(d['modalities']) > 1000: return f'it has {len(d["modalities"])} channels, more than 1000'
     if not d['cases'] or not d['modalities']: return f'it lists no {"channel" if d["cases"] else "case"}'
     if len(d['intensities']) != len(d['modalities']): return f'it describes {len(d["intensities"])} channels and names {len(d["modalities"])}'
     if not classes or values.count(0) != 1 or len(set(values)) < len(values): return f'labels are {shown(d["labels"])} instead of a background of 0 and classes with values of their own'
