@@ -1,6 +1,6 @@
 "The fingerprint: counted values against NumPy, boxes and masks against SciPy, and what is kept between two runs."
 import json, math, os, random, shutil
-import numpy as np, pytest
+import numpy as np, pytest, SimpleITK as sitk
 from dataclasses import replace
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
@@ -274,6 +274,13 @@ def test_not_a_number_under_the_mask(tmp_path, monkeypatch):
     monkeypatch.setattr(F, 'read_case', broken)
     with pytest.raises(DataError, match='case phantom_001: under the mask, .* not a number or infinite'): extract_fingerprint(ds, workers=1)
 
+def test_a_value_that_no_mask_can_be_written_with(heads, tmp_path):
+    ds, s = copy(heads, tmp_path), read_case(heads[0])
+    path = tmp_path/'large.nrrd'
+    im = sitk.GetImageFromArray(s.label.astype(np.uint32)*70000)
+    im.CopyInformation(sitk.ReadImage(heads[0].label)); sitk.WriteImage(im, str(path))
+    with pytest.raises(DataError, match='holds values from 0 to 140000; .* up to 65535'): extract_fingerprint(replace(ds, cases=(replace(ds[0], label=str(path)),)), workers=1)
+
 def test_case_without_a_mask(heads):
     with pytest.raises(DataError, match=f'case {heads[0].id}: it has no mask'): extract_fingerprint(replace(heads, cases=(replace(heads[0], label=None),)), workers=1)
 
@@ -328,7 +335,8 @@ STATS = dict(mean=1., sd=1., p00_5=0., p50=1., p99_5=2., min=0., max=2.)
     (dict(intensities=[STATS | dict(mean='a')]), r"mean is 'a'"), (dict(intensities=[STATS | dict(sd=-1)]), 'sd is -1'), (dict(intensities=[STATS | dict(p99_5=-1)]), 'do not ascend'), (dict(intensities=[]), 'describes 0 channels'),
     (dict(labels={'background': 0, 'a': '1'}), r"labels\['a'\] is '1'"), (dict(labels={'background': 0, 'a': 1, 'b': 1}), 'values of their own'), (dict(labels={'a': 1}), 'a background of 0'), (dict(labels={'background': 0}), 'a background of 0'),
     (dict(one_component={'b': True}), r"one_component has the classes \['b'\]"), (dict(one_component={'a': 1}), 'true or false'), (dict(class_voxels={}), 'class_voxels has the classes'), (dict(dim=2), 'dim is 2'), (dict(version=True), 'version is True'),
-    (dict(dim=2.), r'dim is 2.0'), (dict(modalities=[], intensities=[]), 'lists no channel'), (dict(name='x'*10**5), 'name is')])
+    (dict(dim=2.), r'dim is 2.0'), (dict(modalities=[], intensities=[]), 'lists no channel'), (dict(name='x'*10**5), 'name is'),
+    (dict(modalities=['a']*1001, intensities=[STATS]*1001), 'more than 1000'), (dict(labels={'background': 0, 'a': 65536}), r"labels\['a'\] is 65536")])
 def test_a_file_that_is_no_fingerprint(change, word, tmp_path):
     p = tmp_path/'f.json'
     sketch([((9, 9, 9), (1, 1, 1), (9, 9, 9))]).save(p)

@@ -1,5 +1,5 @@
 "Files from somebody else: whatever stands in them, they are read or refused in one sentence, soon, and nothing leaves the folder."
-import copy, json, os, time
+import copy, json, math, time
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from autounet_nb import cases
@@ -9,7 +9,6 @@ from autounet_nb.fingerprint import Fingerprint
 from autounet_nb.memory import count_weights, training_memory
 from autounet_nb.plan import ModelConfig, Plan, make_plan
 from autounet_nb.rules import Patch, _scaled, fit_patch, pad_to_pools, pooling, shape_text, sketch_fingerprint
-import math
 
 def sentence(e, *words):
     "The message of a DataError, which must be one short line"
@@ -134,10 +133,10 @@ def test_a_plan_that_does_not_agree(change, words):
     sentence(e, 'mine.json', words)
 
 def test_a_model_cannot_be_called_a_path():
-    d = plain(PLANS[0].to_dict())
-    for key, name in (('../../ESC/x', '3d'), ('../../ESC/x', '../../ESC/x'), ('3d', '../../ESC/x'), ('3d', '2d'), ('2d', '3d')):
+    d = plain(PLANS[0].to_dict()) | dict(reasons={}, edits={})
+    for key, name, words in (('../../ESC/x', '3d', "models['../../ESC/x'] is called 3d"), ('../../ESC/x', '../../ESC/x', "name is '../../ESC/x'"), ('3d', '../../ESC/x', "name is '../../ESC/x'"), ('3d_cascade', '3d', 'models'), ('3d', '2d', 'dimension 3')):
         with pytest.raises(DataError) as e: Plan.from_dict({**d, 'models': {key: d['models']['3d'] | dict(name=name)}})
-        sentence(e)
+        sentence(e, words)
 
 def test_a_model_needs_the_one_before_it():
     d = plain(next(p for p in PLANS if '3d_cascade' in p.models).to_dict())
