@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nonzero_box', 'nonzero_mask', 'ValueCounts', 'fingerprint_case', 'Fingerprint', 'extract_fingerprint']
 
-# %% ../nbs/02_fingerprint.ipynb #8ef7dce8
+# %% ../nbs/02_fingerprint.ipynb #bd6b1bc8
 import hashlib, json, math, os
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import cc3d, numpy as np
 from scipy.ndimage import binary_fill_holes
+from .cases import *
 from .data import *
 
 # %% ../nbs/02_fingerprint.ipynb #82b9b774
@@ -100,7 +101,7 @@ def _classes(
     value[whole[y > 0]] = y[y > 0]
     return dict(zip(values.tolist(), voxels.tolist())), {v: int((value == v).sum()) for v in values.tolist()}
 
-# %% ../nbs/02_fingerprint.ipynb #9e4a13e5
+# %% ../nbs/02_fingerprint.ipynb #877cf441
 class _Facts(NamedTuple):
     "What the fingerprint needs of one case"
     id: str
@@ -110,6 +111,7 @@ class _Facts(NamedTuple):
     voxels: dict # label value → voxels
     parts: dict # label value → connected components
     counts: tuple = () # a `ValueCounts` per channel
+    outside: int = 0 # voxels of the mask that cropping takes away
 
 def _measure(
     case, # `Case`
@@ -117,12 +119,12 @@ def _measure(
     "Read one case and measure it"
     _, image, label, geometry = read_case(case)
     if label is None: raise DataError(f'case {case.id}: it has no mask; draw one or leave the case out')
-    if label.min() < 0: raise DataError(f'case {case.id}: mask {case.label} holds the value {label.min()}; background is 0, classes are above')
+    if label.min() < 0 or label.max() > 65535: raise DataError(f'case {case.id}: mask {case.label} holds values from {label.min()} to {label.max()}; background is 0, classes are above, up to 65535')
     box = nonzero_box(image)
     y = label[box]
     try: counts = tuple(ValueCounts().add(c[box][y > 0]) for c in image)
     except DataError as e: raise DataError(f'case {case.id}: under the mask, {e}; repair the image') from None
-    return _Facts(case.id, list(label.shape), list(geometry.spacing), list(y.shape), *_classes(y), counts)
+    return _Facts(case.id, list(label.shape), list(geometry.spacing), list(y.shape), *_classes(y), counts, int(np.count_nonzero(label) - np.count_nonzero(y)))
 
 # %% ../nbs/02_fingerprint.ipynb #0920872c
 _version = 1 # of these facts and of fingerprint.json
@@ -173,15 +175,28 @@ def fingerprint_case(
         _remember(facts, key, path)
     return facts
 
-# %% ../nbs/02_fingerprint.ipynb #22064768
+# %% ../nbs/02_fingerprint.ipynb #27ed43b7
+_STATISTIC, _CLASSES = real_number(-3.5e38, 3.5e38), {str: whole_number(0, 65535)} # what float32 and masks can hold
+_CASE = dict(id=TEXT, shape=(whole_number(1, 100_000),)*3, spacing=(real_number(1e-6, 1e4),)*3, cropped_shape=(whole_number(1, 100_000),)*3)
+_FORM = dict(version=whole_number(1, 1000), name=TEXT, dim=one_of(2, 3), modalities=[TEXT], labels=_CLASSES, cases=[_CASE],
+             intensities=[{k: real_number(0, 3.5e38) if k == 'sd' else _STATISTIC for k in ('mean', 'sd', 'p00_5', 'p50', 'p99_5', 'min', 'max')}],
+             class_voxels={str: whole_number(0, 2**63)}, one_component={str: FLAG})
+
 def _flaw(d): # the fields of a fingerprint
     "What is wrong with them, or None"
-    if not d['cases']: return 'it lists no case'
+    if why := flaw(d, _FORM): return why
+    values, classes = list(d['labels'].values()), {k for k, v in d['labels'].items() if v}
+    if len(d['modalities']) > 1000: return f'it has {len(d["modalities"])} channels, more than 1000'
+    if not d['cases'] or not d['modalities']: return f'it lists no {"channel" if d["cases"] else "case"}'
     if len(d['intensities']) != len(d['modalities']): return f'it describes {len(d["intensities"])} channels and names {len(d["modalities"])}'
-    for c in d['cases']:
-        for k in ('shape', 'spacing', 'cropped_shape'):
-            v = c.get(k) if isinstance(c, dict) else None
-            if not isinstance(v, list) or len(v) != 3 or not all(isinstance(o, (int, float)) and 0 < o < math.inf for o in v): return f'{k} of a case is {v} instead of three positive numbers'
+    if not classes or values.count(0) != 1 or len(set(values)) < len(values): return f'labels are {shown(d["labels"])} instead of a background of 0 and classes with values of their own'
+    for k in ('class_voxels', 'one_component'):
+        if set(d[k]) != classes: return f'{k} has the classes {shown(sorted(d[k]))} instead of {shown(sorted(classes))}'
+    for i, c in enumerate(d['cases']):
+        if any(a > b for a, b in zip(c['cropped_shape'], c['shape'])): return f'cases[{i}].cropped_shape is {c["cropped_shape"]}, more than its shape {c["shape"]}'
+    if (d['dim'] == 2) != all(c['shape'][0] == 1 for c in d['cases']): return f'dim is {d["dim"]}, and its cases have {"more than" if d["dim"] == 2 else "just"} one slice'
+    i = next((i for i, s in enumerate(d['intensities']) if not s['min'] <= s['p00_5'] <= s['p99_5'] <= s['max']), None)
+    if i is not None: return f'intensities[{i}] has min, p00_5, p99_5 and max that do not ascend'
 
 def _times(v): return ' × '.join(f'{o:.4g}' for o in v)
 
@@ -229,7 +244,7 @@ class Fingerprint:
         "Read a fingerprint.json; it may come from somebody else, so it is looked at closely"
         d, names = read_json(path), [f.name for f in fields(cls)]
         if not isinstance(d, dict) or set(d) != set(names): raise DataError(f'{path}: not a fingerprint, which has the fields {", ".join(names)}')
-        if d['version'] != _version: raise DataError(f'{path}: has version {d["version"]}, read is version {_version}; extract the fingerprint anew')
+        if d['version'] != _version: raise DataError(f'{path}: has version {shown(d["version"])}, read is version {_version}; extract the fingerprint anew')
         if why := _flaw(d): raise DataError(f'{path}: {why}; extract the fingerprint anew')
         return cls(**d)
 
@@ -273,10 +288,12 @@ def _collect(
     if bad: raise DataError(f'{len(bad)} of {len(dataset)} cases cannot be used:\n' + '\n'.join(sorted(bad)))
     return [facts[c.id] for c in dataset], list(pool.values())
 
-# %% ../nbs/02_fingerprint.ipynb #d8cabdd7
+# %% ../nbs/02_fingerprint.ipynb #f0bdb410
 def _labels(dataset, facts):
     "Class → value: as the dataset says, else from the values found"
     found = sorted(set().union(*[f.voxels for f in facts]))
+    lost = sum(f.outside > 0 for f in facts)
+    if not found and lost: raise DataError(f'{dataset.name}: in {lost} of {len(facts)} cases the mask has foreground, but only beyond the box of the nonzero voxels of its image, where cropping takes it away, and the other masks are empty; check whether images and masks belong together')
     if not found: raise DataError(f'{dataset.name}: all {len(facts)} masks are empty, so there is nothing to learn')
     if not dataset.labels: return {'background': 0, **{f'class_{v}': v for v in found}}
     return dict(sorted(dataset.labels.items(), key=lambda o: o[1]))

@@ -12,8 +12,12 @@ __all__ = ['PLAN_VERSION', 'Facts', 'dataset_facts', 'ModelConfig', 'read_edits'
 # %% ../nbs/03_plan.ipynb #5bb63960
 from dataclasses import dataclass, field, asdict, fields, replace
 from hashlib import blake2b
+from functools import partial
+from html import escape
+from types import SimpleNamespace
 import json, math
 import numpy as np
+from .cases import *
 from .data import *
 from .fingerprint import *
 from .rules import *
@@ -50,7 +54,7 @@ def dataset_facts(
     shape = median_shape or (math.floor(s + .5) for s in np.median(fp.shapes_at(mm), axis=0))
     return Facts(fp.name, fp.dim, cases or fp.n, mm, tuple(int(n) for n in shape), tuple(fp.modalities), dict(fp.labels), tuple(fp.intensities), fp.size_ratio, dict(fp.one_component))
 
-# %% ../nbs/03_plan.ipynb #6c3d3c5f
+# %% ../nbs/03_plan.ipynb #c387cfcf
 @dataclass(frozen=True)
 class ModelConfig:
     "Everything that is decided for one model. Axes are (z,y,x); those of a 2D patch are the two that aren't `slice_axis`"
@@ -71,31 +75,37 @@ class ModelConfig:
     classes: int # outputs, background included
 
     def __post_init__(self):
-        for f in ('spacing', 'median_shape', 'patch', 'pools', 'features'): object.__setattr__(self, f, tuple(getattr(self, f)))
-        for f in ('strides', 'kernels'): object.__setattr__(self, f, tuple(map(tuple, getattr(self, f))))
-        problem = _config_problem(self)
-        if problem: raise DataError(f'The plan of model {self.name} cannot work: {problem}.')
+        for f in ('spacing', 'median_shape', 'patch', 'pools', 'strides', 'kernels', 'features'): object.__setattr__(self, f, _tuples(getattr(self, f)))
+        problem = flaw(vars(self), _CONFIG) or _config_problem(self)
+        if problem: raise DataError(f'The plan of model {shown(self.name)} cannot work: {problem}.')
 
-def _whole(values, least=1, most=10**6):
-    "Whether all are whole numbers of a sensible size"
-    return all(isinstance(v, int) and least <= v <= most for v in values)
+def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
+
+_MODELS = '2d', '3d', '3d_lowres', '3d_cascade'
+_size, _many = whole_number(1, 100_000), whole_number(1, 10**6) # a strip of pixels can be long; patches of some length and width are a matter of memory
+_CONFIG = dict(name=one_of(*_MODELS), dim=one_of(2, 3), stage=one_of('full', 'lowres'), spacing=(real_number(1e-6, 1e4),)*3, median_shape=(_size,)*3, slice_axis=one_of(None, 0, 1, 2),
+               patch=[_size], batch=_many, pools=[whole_number(0, 16)], strides=[[one_of(1, 2)]], kernels=[[one_of(1, 3)]], features=[whole_number(1, 4096)],
+               dice=one_of('sample', 'batch'), in_channels=_many, classes=whole_number(2, 10**6))
+_MOST_LEVELS, _MOST_WEIGHTS, _MOST_MEMORY = 32, 2 * 10**9, 10**13 # beyond these no machine is known that a network could run on; memory in bytes of a training step
 
 def _config_problem(c):
-    "What is wrong with a configuration, in words, or None"
-    levels, halved = len(c.features), [math.prod(s) for s in zip(*c.strides)]
-    if c.dim not in (2, 3) or len(c.patch) != c.dim: return f'patch {c.patch} does not have {c.dim} axes'
-    if not (_whole(c.patch) and _whole(c.features) and _whole([c.batch, c.in_channels]) and _whole([c.classes], 2)):
-        return 'patch, features, batch, channels and classes must be whole numbers from 1, and classes at least 2'
+    "What is wrong with the fields of a configuration together, in words, or None"
+    levels = len(c.features)
+    if len(c.patch) != c.dim or len(c.pools) != c.dim: return f'patch {shown(c.patch)} and pools {shown(c.pools)} do not have {c.dim} axes'
+    if not 1 <= levels <= _MOST_LEVELS: return f'it has {levels} levels instead of 1 to {_MOST_LEVELS}'
     if not len(c.strides) == len(c.kernels) == levels: return 'strides, kernels and features must have one entry per level'
-    if any(len(v) != c.dim for v in c.strides + c.kernels) or not _whole(sum(c.strides, ()), 1, 2) or any(k not in (1, 3) for k in sum(c.kernels, ())):
-        return f'every level needs {c.dim} strides of 1 or 2 and {c.dim} kernels of 1 or 3'
-    if tuple(halved) != tuple(2**p for p in c.pools): return f'strides halve the axes {halved} times less, pools say {c.pools}'
+    if any(len(v) != c.dim for v in c.strides + c.kernels): return f'every level needs {c.dim} strides and {c.dim} kernels'
+    halved = [math.prod(s) for s in zip(*c.strides)]
+    if halved != [2**p for p in c.pools]: return f'strides halve the axes {halved} times less, pools say {c.pools}'
     bad = [f'{p} (needs a multiple of {h})' for p, h in zip(c.patch, halved) if p % h]
     if bad: return f'the patch cannot be halved so often along {", ".join(bad)}'
-    if c.dice not in ('sample', 'batch') or c.stage not in ('full', 'lowres'): return f'dice is {c.dice!r}, stage is {c.stage!r}'
-    if len(c.spacing) != 3 or not all(s > 0 for s in c.spacing) or (c.dim == 2) != (c.slice_axis in (0, 1, 2)): return 'spacing needs three positive numbers, and a 2D model an axis to cut along'
+    if (c.name == '2d') != (c.dim == 2) or (c.name == '3d_lowres') != (c.stage == 'lowres'): return f'it has dimension {c.dim} and sees stage {c.stage}'
+    if (c.dim == 2) == (c.slice_axis is None): return f'slice_axis is {c.slice_axis}: a 2D model needs an axis to cut along, a 3D model has none'
+    weights, memory = count_weights(c), sum(training_memory(c).values())
+    if weights > _MOST_WEIGHTS: return f'its network has {weights:,} weights, more than {_MOST_WEIGHTS:,}: give it fewer feature maps'
+    if memory > _MOST_MEMORY: return f'a training step would take {bytes_text(memory)}, more than {bytes_text(_MOST_MEMORY)}: make patch or batch smaller'
 
-# %% ../nbs/03_plan.ipynb #a8033492
+# %% ../nbs/03_plan.ipynb #9e853430
 _SHAPE, _MM, _WORDS = ('patch', 'median_shape'), ('spacing',), {'dice': ('sample', 'batch'), 'cascade': ('yes', 'no'), 'normalization': ('ct', 'zscore', 'nonzero')}
 _OF_DATA, _OF_MODEL = ('spacing', 'cases', 'median_shape', 'normalization', 'cascade'), ('patch', 'batch', 'features', 'pools', 'dice')
 _FOLLOWS = dict(kernels='pools', strides='pools', classes='nothing: they are those of the masks', in_channels='nothing: they are those of the scans', slice_axis='spacing')
@@ -106,7 +116,7 @@ def _settable(key, models):
     if (name in _OF_MODEL if model in models else not model and name in _OF_DATA) or key == '3d_lowres.spacing': return
     if name in _FOLLOWS and model in models: raise DataError(f'{key} follows from other values and cannot be set: set {_FOLLOWS[name]}.')
     if name in _OF_DATA and model in models: raise DataError(f'{key} cannot be set for one model, because all see the same data: set {name}.')
-    raise DataError(f'There is no setting {key!r}: there are {", ".join(_OF_DATA)}, 3d_lowres.spacing, and {", ".join(_OF_MODEL)} of {", ".join(models)}, as in 3d.patch=64,128,128.')
+    raise DataError(f'There is no setting {shown(key)}: there are {", ".join(_OF_DATA)}, 3d_lowres.spacing, and {", ".join(_OF_MODEL)} of {", ".join(models)}, as in 3d.patch=64,128,128.')
 
 def _parsed(value):
     "Text from a command line as a word, a number, or a list of either"
@@ -126,25 +136,25 @@ def _clean(key, value, channels):
     if name in _WORDS:
         words = v if name == 'normalization' and isinstance(v, list) else [v] * channels if name == 'normalization' else [v]
         if any(w not in _WORDS[name] for w in words) or (name == 'normalization' and len(words) != channels):
-            raise DataError(f'{key} is {value!r}: it can be {", ".join(_WORDS[name][:-1])} or {_WORDS[name][-1]}{f", once or for each of {channels} channels" if name == "normalization" else ""}.')
+            raise DataError(f'{key} is {shown(value)}: it can be {", ".join(_WORDS[name][:-1])} or {_WORDS[name][-1]}{f", once or for each of {channels} channels" if name == "normalization" else ""}.')
         return words if name == 'normalization' else v
     if name in _MM:
-        if not isinstance(v, list) or len(v) != 3 or not all(number(o, (int, float), .001, 1000) for o in v): raise DataError(f'{key} is {value!r}: it needs three lengths in mm from 0.001 to 1000, such as 2.5,0.8,0.8.')
+        if not isinstance(v, list) or len(v) != 3 or not all(number(o, (int, float), .001, 1000) for o in v): raise DataError(f'{key} is {shown(value)}: it needs three lengths in mm from 0.001 to 1000, such as 2.5,0.8,0.8.')
         return [float(o) for o in v]
     if name in _SHAPE:
-        if not isinstance(v, list) or len(v) != n or not all(number(o, int, 1, 4096) for o in v): raise DataError(f'{key} is {value!r}: it needs {n} whole numbers from 1 to 4096, such as {"128,160" if n == 2 else "64,128,128"}.')
+        if not isinstance(v, list) or len(v) != n or not all(number(o, int, 1, 4096) for o in v): raise DataError(f'{key} is {shown(value)}: it needs {n} whole numbers from 1 to 4096, such as {"128,160" if n == 2 else "64,128,128"}.')
         return v
     if name == 'pools':
         v = v if isinstance(v, list) else [v] * n
-        if len(v) != n or not all(number(o, int, 0, 6) for o in v): raise DataError(f'{key} is {value!r}: it needs one whole number from 0 to 6, or {n}, such as {",".join("54332"[:n])}.')
+        if len(v) != n or not all(number(o, int, 0, 6) for o in v): raise DataError(f'{key} is {shown(value)}: it needs one whole number from 0 to 6, or {n}, such as {",".join("54332"[:n])}.')
         return v
     most = dict(batch=4096, cases=10**6, features=2048)[name]
-    if not all(number(o, int, 1, most) for o in (v if name == 'features' and isinstance(v, list) else [v])): raise DataError(f'{key} is {value!r}: it needs a whole number from 1 to {most}.')
+    if not all(number(o, int, 1, most) for o in (v if name == 'features' and isinstance(v, list) else [v])): raise DataError(f'{key} is {shown(value)}: it needs a whole number from 1 to {most}.')
     return v
 
 def read_edits(
     edits, # name → value, or a list of texts such as '3d.patch=64,128,128'
-    models=('2d', '3d', '3d_lowres', '3d_cascade'), # that there can be
+    models=_MODELS, # that there can be
     channels=1, # of the scans
 ) -> dict: # name → value
     "Settings as a plan stores them; DataError for those that make no sense"
@@ -152,7 +162,7 @@ def read_edits(
     for k, _ in pairs: _settable(k, models)
     return {k: _clean(k, v, channels) for k, v in pairs}
 
-# %% ../nbs/03_plan.ipynb #f21d65da
+# %% ../nbs/03_plan.ipynb #03c96025
 @dataclass(frozen=True)
 class _Ask:
     "What the rules are asked for, for one model"
@@ -166,7 +176,7 @@ class _Ask:
     edits: dict = field(default_factory=dict) # field → value set by hand
 
 def _attempt(ask, step, largest):
-    "A model's configuration with steps of at most `step` voxels and patches of at most `largest`, and its `Patch`"
+    "The fields of a `ModelConfig` with steps of at most `step` voxels and patches of at most `largest`, and its `Patch`"
     f, e = ask.facts, ask.edits
     axis = None if ask.dim == 3 else coarsest_axis(f.spacing) if f.median_shape[0] > 1 else 0
     seen = [i for i in range(3) if i != axis]
@@ -179,10 +189,10 @@ def _attempt(ask, step, largest):
     p, first = patch.pooling, e.get('features', ask.hardware.features)
     if isinstance(first, list) and len(first) != len(p.strides): raise DataError(f'{ask.name}.features has {len(first)} numbers, the network has {len(p.strides)} levels: give one per level, or the first alone.')
     maps = tuple(first) if isinstance(first, list) else feature_maps(len(p.strides), first, max(first, MAX_FEATURES[ask.dim]))
-    return ModelConfig(ask.name, ask.dim, ask.stage, f.spacing, f.median_shape, axis, patch.size, batch, p.pools, p.strides, p.kernels, maps,
-                       e.get('dice', ask.dice), ask.in_channels, len(f.labels)), patch
+    return SimpleNamespace(name=ask.name, dim=ask.dim, stage=ask.stage, spacing=f.spacing, median_shape=f.median_shape, slice_axis=axis, patch=patch.size, batch=batch, pools=p.pools,
+        strides=p.strides, kernels=p.kernels, features=maps, dice=e.get('dice', ask.dice), in_channels=ask.in_channels, classes=len(f.labels)), patch
 
-# %% ../nbs/03_plan.ipynb #ce1c96b5
+# %% ../nbs/03_plan.ipynb #7eb470e7
 def _build(ask):
     "A model's configuration that fits the hardware, its `Patch`, and in words what did not fit"
     hw, dropped, by_hand = ask.hardware, [], not {'patch', 'batch', 'features'}.isdisjoint(ask.edits)
@@ -191,7 +201,7 @@ def _build(ask):
     while True:
         config, patch = _attempt(ask, step, largest)
         need = sum(training_memory(config, hw.precision).values())
-        if need <= hw.memory: return config, patch, tuple(dropped)
+        if need <= hw.memory: return ModelConfig(**vars(config)), patch, tuple(dropped)
         if largest == 2 or by_hand and ('batch' in ask.edits or config.batch <= MIN_BATCH): raise _TooLarge(ask, config, need)
         dropped.append(f'{shape_text(config.patch)} × {config.batch} would take {bytes_text(need)}, more than the {bytes_text(hw.memory)} of the hardware')
         step = max(MIN_BATCH, int(min(step, config.batch * math.prod(config.patch)) * min(.97, hw.memory / need)))
@@ -276,6 +286,38 @@ def _reasons(ask, c, patch, dropped, cascade):
 
 # %% ../nbs/03_plan.ipynb #06b2a5bd
 PLAN_VERSION = 1
+_OF_PLAN = 'spacing', 'normalization', 'cascade' # what is decided for all models
+
+_words, _plain = Kind('text', lambda v: isinstance(v, str)), Kind('a number, text, or a list of these', lambda v: all(isinstance(o, (int, float, str)) for o in (v if isinstance(v, (list, tuple)) else [v])))
+_REASON = dict(rule=_words, because=_words, numbers={str: _plain}, tried=[_words])
+_PLAN = dict(version=whole_number(1, 1000), name=TEXT, hardware=TEXT, dim=one_of(2, 3), modalities=[TEXT], labels={str: whole_number(0, 65535)}, label_values=[whole_number(0, 65535)],
+             normalization=[{str: ANYTHING}], one_component={str: FLAG}, models={str: _CONFIG}, reasons={str: _REASON}, edits={str: ANYTHING})
+_stat = real_number(-3.5e38, 3.5e38)
+_SCHEMES = dict(ct=dict(scheme=TEXT, lower=_stat, upper=_stat, mean=_stat, sd=real_number(0, 3.5e38)), zscore=dict(scheme=TEXT, inside_nonzero=FLAG))
+
+def _scheme_problem(schemes, channels):
+    "What is wrong with the normalisation, or None"
+    if len(schemes) != channels: return f'normalization has {len(schemes)} entries for {channels} channels'
+    for i, s in enumerate(schemes):
+        if why := flaw(s.get('scheme'), one_of(*_SCHEMES), f'normalization[{i}].scheme') or flaw(s, _SCHEMES[s['scheme']], f'normalization[{i}]'): return why
+        if s['scheme'] == 'ct' and s['lower'] > s['upper']: return f'normalization[{i}] has lower {s["lower"]} above upper {s["upper"]}'
+
+def _plan_problem(d): # its fields, each of its form
+    "What does not agree in a plan, in words, or None"
+    values, classes, channels, models = list(d['labels'].values()), [k for k, v in d['labels'].items() if v], len(d['modalities']), d['models']
+    if not channels or values.count(0) != 1 or len(set(values)) < len(values): return f'modalities are {shown(d["modalities"])} and labels {shown(d["labels"])} instead of channels, and a background of 0 and classes with values of their own'
+    if d['label_values'] != sorted(values): return f'label_values are {shown(d["label_values"])}, the values of the labels {shown(sorted(values))}'
+    if set(d['one_component']) != set(classes): return f'one_component has the classes {shown(sorted(d["one_component"]))} instead of {shown(sorted(classes))}'
+    if why := _scheme_problem(d['normalization'], channels): return why
+    if not models or d['dim'] == 2 and set(models) != {'2d'} or '3d_cascade' in models and '3d_lowres' not in models: return f'it has the models {shown(list(models))} for {d["dim"]}D data'
+    for k, c in models.items():
+        if k != c.name: return f'models[{shown(k)}] is called {c.name}'
+        seen = channels + (len(classes) if k == '3d_cascade' else 0)
+        if (c.in_channels, c.classes) != (seen, len(values)): return f'model {k} has in_channels {c.in_channels} and classes {c.classes}, its channels and labels make {seen} and {len(values)}'
+    if len({(c.spacing, c.median_shape) for c in models.values() if c.stage == 'full'}) > 1: return 'its models see the same data with different spacing or median_shape'
+    for k in d['reasons']:
+        model, _, name = k.rpartition('.')
+        if not (k in _OF_PLAN or model in models and name in _CONFIG): return f'reasons has {shown(k)}, which names no value of the plan'
 
 def _mark(d): # a short text that changes with the content of a plan
     return blake2b(json.dumps(d, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -306,13 +348,18 @@ class Plan:
 
     @classmethod
     def from_dict(cls, d, source='plan'):
-        "A plan from its JSON form; DataError says what is missing or can't work"
+        "A plan from its JSON form, which may come from somebody else; DataError says what is missing or can't work"
         missing = [f.name for f in fields(cls) if f.name not in d and f.name not in ('reasons', 'edits')] if isinstance(d, dict) else ['everything']
         if missing: raise DataError(f'{source} is not a plan: it lacks {", ".join(missing)}. Make one with `autounet plan`.')
-        if d['version'] != PLAN_VERSION: raise DataError(f'{source} has version {d["version"]}, this package reads version {PLAN_VERSION}: make it again with `autounet plan`.')
-        try: models = {k: ModelConfig(**c) for k, c in d['models'].items()}
-        except (TypeError, AttributeError) as e: raise DataError(f'{source} describes a model wrongly: {e}.') from None
-        return cls(**{f.name: d[f.name] for f in fields(cls) if f.name in d} | dict(models=models))
+        if d['version'] != PLAN_VERSION: raise DataError(f'{source} has version {shown(d["version"])}, this package reads version {PLAN_VERSION}: make it again with `autounet plan`.')
+        d = dict(reasons={}, edits={}) | {f.name: d[f.name] for f in fields(cls) if f.name in d}
+        if why := flaw(d, _PLAN): raise DataError(f'{source} cannot be used: {why}. Correct it, or make it again with `autounet plan`.')
+        try:
+            d['models'] = {k: ModelConfig(**c) for k, c in d['models'].items()}
+            d['edits'] = read_edits(d['edits'], _MODELS if d['dim'] == 3 else ('2d',), len(d['modalities']))
+        except DataError as e: raise DataError(f'{source} cannot be used: {e}') from None
+        if why := _plan_problem(d): raise DataError(f'{source} cannot be used: {why}. Correct it, or make it again with `autounet plan`.')
+        return cls(**{**d, 'reasons': {k: _reason('not given', 'the file gives no reason') for k in _OF_PLAN} | d['reasons']})
 
     @classmethod
     def load(cls, path): return cls.from_dict(read_json(path), str(path))
@@ -349,11 +396,11 @@ class Plan:
         return '\n'.join(lines + [self._edited()] * bool(self.edits))
 
     def _repr_markdown_(self):
-        head, *rows = self._table(); line = lambda r: f'| {" | ".join(r)} |'
-        why = '\n'.join(f'* `{k}`: {r["because"]}' for k, r in self.reasons.items())
-        return f'**Plan for {self.name}** on {self.hardware}\n\n' + '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)]) + f'\n\n{self._edited()}\n\n<details><summary>why</summary>\n\n{why}\n\n</details>'
+        head, *rows = self._table(); line = lambda r: f'| {" | ".join(r)} |'; safe = partial(escape, quote=False)
+        why = '\n'.join(f'* `{k}`: {safe(r["because"])}' for k, r in self.reasons.items())
+        return f'**Plan for {safe(self.name)}** on {safe(self.hardware)}\n\n' + '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)]) + f'\n\n{self._edited()}\n\n<details><summary>why</summary>\n\n{why}\n\n</details>'
 
-# %% ../nbs/03_plan.ipynb #b9d54168
+# %% ../nbs/03_plan.ipynb #8d09613b
 def _normalizations(facts, edits):
     "Per channel, how it is normalised"
     auto = [channel_normalization(m, s, facts.size_ratio) for m, s in zip(facts.modalities, facts.intensities)]
@@ -404,7 +451,7 @@ def decide(
     edits=None, # what is set by hand, see `read_edits`
 ) -> Plan:
     "All decisions for these facts, and why"
-    hw, edits = read_hardware(hardware), read_edits(edits or {}, ('2d', '3d', '3d_lowres', '3d_cascade') if facts.dim == 3 else ('2d',), len(facts.modalities))
+    hw, edits = read_hardware(hardware), read_edits(edits or {}, _MODELS if facts.dim == 3 else ('2d',), len(facts.modalities))
     norm = _normalizations(facts, edits)
     largest = hw.step_3d // MIN_BATCH
     reasons = _data_reasons(facts, norm, facts.dim == 3 and needs_cascade(facts.median_shape, largest), largest, edits)

@@ -125,7 +125,7 @@ def pad_to_pools(
     "The smallest sizes not below `shape` that can be halved so often"
     return tuple(-(-int(s) // 2**p) * 2**p for s, p in zip(shape, pools))
 
-# %% ../nbs/02b_rules.ipynb #33f124e3
+# %% ../nbs/02b_rules.ipynb #0dbfeffa
 @dataclass(frozen=True)
 class Patch:
     "A patch and the pooling that fits it"
@@ -143,6 +143,16 @@ def shape_text(shape):
     "A shape as people write it: 40×56×40"
     return '×'.join(f'{s:g}' for s in shape)
 
+_FEW = 50 # cuts that are made one by one; scans of usual shapes need fewer
+
+def _leap(shape, median_shape, voxels, pools_of):
+    "`shape` after many cuts of one multiple, as long as more than `voxels` and the same pooling are left"
+    pools, most = pools_of(shape), max((s / m for s, m in zip(shape, median_shape) if s > 1), default=0)
+    for share in (.5, .9, .99, .999): # of `most`: all axes that have more of the median case are cut until they don't
+        cut = [min(s, max(1, int(share * most * m / 2**p) * 2**p)) for s, m, p in zip(shape, median_shape, pools)]
+        if math.prod(cut) > voxels and pools_of(cut) == pools: return cut
+    return shape
+
 def fit_patch(
     median_shape, # voxels per axis, at the spacing of the network
     spacing, # mm per axis
@@ -158,6 +168,7 @@ def fit_patch(
         axis = max(range(len(size)), key=lambda i: size[i] / median_shape[i] if size[i] > 1 else 0)
         shape = list(size); shape[axis] = max(1, size[axis] - 2**pool.pools[axis])
         tried.append(f'{shape_text(size)} has {math.prod(size):,} voxels, more than {voxels:,}: axis {axis} is cut to {shape[axis]}')
+        if len(tried) >= _FEW: shape = _leap(shape, median_shape, voxels, lambda s: pooling(s, spacing, max_pools).pools)
 
 # %% ../nbs/02b_rules.ipynb #6758a004
 MAX_SHARE = .05 # of the dataset's voxels in one step (Method, Dynamic adaptation, 5)

@@ -1,6 +1,6 @@
 "The fingerprint: counted values against NumPy, boxes and masks against SciPy, and what is kept between two runs."
 import json, math, os, random, shutil
-import numpy as np, pytest
+import numpy as np, pytest, SimpleITK as sitk
 from dataclasses import replace
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
@@ -234,6 +234,15 @@ def test_one_component(heads, tmp_path):
     for c in ds: change(c, lambda y: y*0)
     with pytest.raises(DataError, match='all 5 masks are empty'): extract_fingerprint(ds, workers=1)
 
+def test_a_mask_beyond_the_box_is_not_called_empty(heads, tmp_path):
+    ds = copy(heads, tmp_path)
+    def corner(y): y = y*0; y[0, 0, 0] = 1; return y
+    for c in ds: change(c, corner)
+    for _ in range(2): # measured, and recalled
+        with pytest.raises(DataError, match='in 5 of 5 cases the mask has foreground, but only beyond the box'): extract_fingerprint(ds, tmp_path/'work', workers=1)
+    for c in ds: change(c, lambda y: y*0)
+    with pytest.raises(DataError, match='all 5 masks are empty'): extract_fingerprint(ds, tmp_path/'work', workers=1)
+
 def test_corners_connect():
     y = np.zeros((4, 4, 4), np.uint8)
     for i in range(4): y[i, i, i] = 3
@@ -264,6 +273,13 @@ def test_not_a_number_under_the_mask(tmp_path, monkeypatch):
         return s
     monkeypatch.setattr(F, 'read_case', broken)
     with pytest.raises(DataError, match='case phantom_001: under the mask, .* not a number or infinite'): extract_fingerprint(ds, workers=1)
+
+def test_a_value_that_no_mask_can_be_written_with(heads, tmp_path):
+    ds, s = copy(heads, tmp_path), read_case(heads[0])
+    path = tmp_path/'large.nrrd'
+    im = sitk.GetImageFromArray(s.label.astype(np.uint32)*70000)
+    im.CopyInformation(sitk.ReadImage(heads[0].label)); sitk.WriteImage(im, str(path))
+    with pytest.raises(DataError, match='holds values from 0 to 140000; .* up to 65535'): extract_fingerprint(replace(ds, cases=(replace(ds[0], label=str(path)),)), workers=1)
 
 def test_case_without_a_mask(heads):
     with pytest.raises(DataError, match=f'case {heads[0].id}: it has no mask'): extract_fingerprint(replace(heads, cases=(replace(heads[0], label=None),)), workers=1)
@@ -307,17 +323,27 @@ def test_properties(cases):
     assert fp.size_ratio == pytest.approx(np.mean([np.prod(c[2]) for c in cases])/np.mean([np.prod(c[0]) for c in cases]))
     assert 0 < fp.size_ratio <= 1
 
+CASE = dict(id='a', shape=[9, 9, 9], spacing=[1, 1, 1], cropped_shape=[9, 9, 9])
+STATS = dict(mean=1., sd=1., p00_5=0., p50=1., p99_5=2., min=0., max=2.)
+
 @pytest.mark.parametrize('change,word', [
     (dict(version=2), 'version 2'), (dict(extra=1), 'not a fingerprint'), (dict(cases=[]), 'lists no case'), (dict(modalities=['a', 'b']), 'describes 1 channels and names 2'),
-    (dict(cases=[dict(id='a')]), 'shape of a case is None'), (dict(cases=['a']), 'shape of a case is None'), (dict(cases=[dict(id='a', shape=[1, 2, 3], spacing=[1, -1, 1], cropped_shape=[1, 2, 3])]), 'spacing of a case is'),
-    (dict(cases=[dict(id='a', shape=[1, 2, 3], spacing=[1, 'x', 1], cropped_shape=[1, 2, 3])]), 'spacing of a case is'), (dict(cases=[dict(id='a', shape=[1, 2], spacing=[1, 1, 1], cropped_shape=[1, 2, 3])]), 'shape of a case is')])
+    (dict(cases=[dict(id='a')]), r"cases\[0\] lacks 'cropped_shape'"), (dict(cases=['a']), r"cases\[0\] is 'a' instead"), (dict(cases=[CASE | dict(spacing=[1, -1, 1])]), r'spacing\[1\] is -1'),
+    (dict(cases=[CASE | dict(spacing=[1, 'x', 1])]), r"spacing\[1\] is 'x'"), (dict(cases=[CASE | dict(shape=[1, 2])]), r'shape is \[1, 2\] instead of a list of 3'), (dict(cases=[CASE | dict(id=5)]), 'id is 5'),
+    (dict(modalities=5), 'modalities is 5'), (dict(cases=[CASE | dict(shape=[1e300, 9, 9])]), r'shape\[0\] is 1e\+300 instead of a whole'), (dict(cases=[CASE | dict(shape=[9., 9, 9])]), r'shape\[0\] is 9.0'),
+    (dict(cases=[CASE | dict(cropped_shape=[1, 1, 10**9])]), r'cropped_shape\[2\] is 1000000000'), (dict(cases=[CASE | dict(cropped_shape=[9, 9, 10])]), 'more than its shape'), (dict(cases=[CASE | dict(spacing=[1, 1, 1e5])]), r'spacing\[2\]'),
+    (dict(intensities=[STATS | dict(mean='a')]), r"mean is 'a'"), (dict(intensities=[STATS | dict(sd=-1)]), 'sd is -1'), (dict(intensities=[STATS | dict(p99_5=-1)]), 'do not ascend'), (dict(intensities=[]), 'describes 0 channels'),
+    (dict(labels={'background': 0, 'a': '1'}), r"labels\['a'\] is '1'"), (dict(labels={'background': 0, 'a': 1, 'b': 1}), 'values of their own'), (dict(labels={'a': 1}), 'a background of 0'), (dict(labels={'background': 0}), 'a background of 0'),
+    (dict(one_component={'b': True}), r"one_component has the classes \['b'\]"), (dict(one_component={'a': 1}), 'true or false'), (dict(class_voxels={}), 'class_voxels has the classes'), (dict(dim=2), 'dim is 2'), (dict(version=True), 'version is True'),
+    (dict(dim=2.), r'dim is 2.0'), (dict(modalities=[], intensities=[]), 'lists no channel'), (dict(name='x'*10**5), 'name is'),
+    (dict(modalities=['a']*1001, intensities=[STATS]*1001), 'more than 1000'), (dict(labels={'background': 0, 'a': 65536}), r"labels\['a'\] is 65536")])
 def test_a_file_that_is_no_fingerprint(change, word, tmp_path):
     p = tmp_path/'f.json'
     sketch([((9, 9, 9), (1, 1, 1), (9, 9, 9))]).save(p)
     assert Fingerprint.load(p).n == 1
     p.write_text(json.dumps({**json.loads(p.read_text()), **change}))
     with pytest.raises(DataError, match=word) as e: Fingerprint.load(p)
-    assert str(p) in str(e.value)
+    assert str(p) in str(e.value) and len(str(e.value)) < 400 and '\n' not in str(e.value)
 
 def test_shown(heads):
     fp = extract_fingerprint(replace(heads, labels={'background': 0, 'a<b>': 1, 'lesion': 2}), workers=1)

@@ -93,9 +93,12 @@ def test_normalization_follows_the_modality_and_the_crop():
     assert make_plan(sketch_fingerprint((40, 40, 40), cropped=.9), 'cpu').normalization[0]['inside_nonzero'] is False
 
 @pytest.mark.parametrize('change,message', [
-    ({'patch': [40, 56, 41]}, 'multiple of 8'), ({'batch': 0}, 'whole numbers'), ({'features': [1, 2]}, 'one entry per level'),
-    ({'kernels': [[3, 3, 3]] * 3 + [[5, 3, 3]]}, 'kernels of 1 or 3'), ({'dice': 'mean'}, 'dice'), ({'pools': [1, 1, 1]}, 'pools say'),
-    ({'spacing': [0, 1, 1]}, 'positive'), ({'features': [10**9, 1, 1, 1]}, 'whole numbers')])
+    ({'patch': [40, 56, 41]}, 'multiple of 8'), ({'batch': 0}, 'batch is 0 instead of a whole number'), ({'features': [1, 2]}, 'one entry per level'),
+    ({'kernels': [[3, 3, 3]] * 3 + [[5, 3, 3]]}, r'kernels\[3\]\[0\] is 5 instead of 1 or 3'), ({'dice': 'mean'}, 'dice'), ({'pools': [1, 1, 1]}, 'pools say'), ({'pools': [1, 1]}, 'do not have 3 axes'),
+    ({'spacing': [0, 1, 1]}, r'spacing\[0\] is 0 instead of a number from'), ({'spacing': [1e-9, 1, 1]}, r'spacing\[0\] is 1e-09'), ({'features': [10**9, 1, 1, 1]}, r'features\[0\] is 1000000000 instead of a whole number'),
+    ({'features': [4096] * 4}, 'weights, more than'), ({'patch': [4096] * 3}, 'a training step would take .* TB|a training step would take .* GB, more than'), ({'batch': True}, 'batch is True'), ({'patch': 5}, 'patch is 5 instead of a list'),
+    ({'slice_axis': 0}, 'a 3D model has none'), ({'stage': 'lowres'}, 'sees stage lowres'), ({'name': '2d'}, 'has dimension 3|is called'), ({'name': '../x'}, "name is '../x'"), ({'median_shape': [10**6] * 3}, 'median_shape'),
+    ({'in_channels': 2}, 'in_channels 2'), ({'classes': 5}, 'classes 5'), ({'spacing': [2, 1, 1]}, 'different spacing'), ({'features': [1] * 33, 'strides': [[1] * 3] * 33, 'kernels': [[3] * 3] * 33, 'pools': [0] * 3}, '33 levels')])
 def test_a_plan_that_cannot_work_is_refused(change, message):
     d = json.loads(json.dumps(make_plan(sketch_fingerprint((36, 50, 35), n=260), 'gpu-12gb').to_dict()))
     d['models']['3d'] |= change
