@@ -201,12 +201,12 @@ def _save_figure(fig, path):
     with atomic(path) as tmp: fig.savefig(tmp, format='png', dpi=100, bbox_inches='tight')
     plt.close(fig)
 
-# %% ../nbs/14_crossval.ipynb #d93cc1cc
+# %% ../nbs/14_crossval.ipynb #b78c1f92
 def demo(
     folder='demo', # where to put it
-    steps=150, # training steps of each network
+    steps=300, # training steps of the network
     seed=0,
-    n=12, # scans to train on and to hold out from training
+    n=20, # scans to train on and to hold out from training
     unseen=4, # scans that take no part at all
 ):
     "The whole line on generated scans; returns the scores on the unseen ones"

@@ -35,7 +35,7 @@ def sketch_fingerprint(
         cases=[dict(id=f'case_{i + 1:03}', shape=original, spacing=[float(s) for s in spacing], cropped_shape=shape) for i in range(n)],
         intensities=[stats for _ in modalities], class_voxels={c: 1000 * n for c in names}, one_component={c: False for c in names})
 
-# %% ../nbs/02b_rules.ipynb #50e7ef52
+# %% ../nbs/02b_rules.ipynb #285688e1
 @dataclass(frozen=True)
 class Hardware:
     "A configuration known to work on one kind of machine"
@@ -47,7 +47,7 @@ class Hardware:
 
 HARDWARE = {
     'gpu-12gb': Hardware(features=30, step_2d=42 * 256 * 256, step_3d=2 * 128**3, memory=12 * 10**9, precision=2), # Method, Dynamic adaptation, 1
-    'cpu': Hardware(features=16, step_2d=8 * 256 * 256, step_3d=2 * 48**3, memory=8 * 10**9),
+    'cpu': Hardware(features=16, step_2d=4 * 256 * 256, step_3d=2 * 48**3, memory=8 * 10**9),
 }
 MIN_BATCH = 2 # no step sees fewer samples than this (Method, Dynamic adaptation, 5)
 

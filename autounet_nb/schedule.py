@@ -136,7 +136,7 @@ def one_cycle(
     up = lambda x: (1 - np.cos(np.pi * min(max(x, 0), 1))) / 2
     return float(peak * (.04 + .96 * up(p / warmup)) if p < warmup else peak * (1 - up((p - warmup) / (1 - warmup))) + 1e-8)
 
-# %% ../nbs/10b_schedule.ipynb #12418a7d
+# %% ../nbs/10b_schedule.ipynb #e4da644b
 VALID_STEPS = 10 # validation batches of an epoch on a budget, at most
 
 class Budget(Callback):
@@ -165,7 +165,7 @@ class Budget(Callback):
         elif 'step_seconds' in self.state: n = 60 * self.minutes * (1 - self.progress()) / (self.state['step_seconds'] * left)
         else: n = 10
         self.dls.train.n = max(1, int(n)) * self.dls.train.bs
-        self.dls.valid.n = min(VALID_STEPS, max(1, int(n) // 5)) * self.dls.valid.bs
+        self.dls.valid.n = min(VALID_STEPS, max(2, int(n) // 5)) * self.dls.valid.bs
 
     def before_train(self): self.train_started, self.first_step = time.monotonic(), self.learn.journal.step
     def before_validate(self): self.valid_started = time.monotonic()

@@ -117,7 +117,7 @@ class Checkpoint(Callback):
         for cb, state in zip(self._parts(), info['parts']): cb.state = state
         return True
 
-# %% ../nbs/11_train.ipynb #e3dedfaf
+# %% ../nbs/11_train.ipynb #63b40c28
 class ChannelsLast(Callback):
     "Lays out network and batches with the channels of a voxel side by side"
     order = -5
@@ -143,7 +143,7 @@ def get_learner(
     if net is None:
         with torch.random.fork_rng(): torch.manual_seed(seed); net = build_unet(config)
     own = [Journal(folder), schedule, ChannelsLast()]
-    if augment: own.append(Augment(config.dim, seed=seed, short=isinstance(schedule, Budget)))
+    if augment: own.append(Augment(config.dim, seed=seed, short=isinstance(schedule, Budget) and len(dls.train.dataset.cases) >= FEW_CASES))
     if folder: own.append(Checkpoint(folder, recipe))
     if dls.device.type == 'cuda': own.append(MixedPrecision())
     wd = 1e-2 if isinstance(schedule, Budget) else 0.
