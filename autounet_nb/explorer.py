@@ -136,7 +136,7 @@ def plan_costs(
     hw = read_hardware(plan.hardware)
     stages = {c.stage: c.spacing for c in plan.models.values()}
     share = plan.edits.get('cases', fingerprint.n) / fingerprint.n
-    disk = {s: round(share * disk_space(fingerprint.shapes_at(mm), len(plan.modalities))) for s, mm in stages.items()}
+    disk = {s: round(share * disk_space(fingerprint.shapes_at(mm), len(plan.modalities), len(plan.labels))) for s, mm in stages.items()}
     return dict(memory={n: sum(training_memory(c, hw.precision).values()) for n, c in plan.models.items()}, limit=hw.memory, disk=disk)
 
 def costs_table(

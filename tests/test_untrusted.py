@@ -197,4 +197,4 @@ def test_strips_are_planned_soon(shape, spacing, hardware, monkeypatch):
     monkeypatch.setattr(rules, 'pooling', lambda *a: counted.append(a) or pooling(*a))
     try: make_plan(sketch_fingerprint(shape, spacing, 2), hardware)
     except DataError as e: assert '\n' not in str(e)
-    assert 0 < len(counted) < 5000
+    assert 0 < len(counted) < 100_000
