@@ -292,7 +292,7 @@ def _array(
     if n == 2: a = a[:, None]
     return a, _geometry(im, a.shape[1:], split_name(path)[1] in _dpi)
 
-# %% ../nbs/00_arrays.ipynb #c608daee
+# %% ../nbs/00_arrays.ipynb #7ad61d0c
 def _float32(a, path):
     "An array as float32, where every value survives that"
     with np.errstate(over='ignore', invalid='ignore'):
@@ -310,7 +310,8 @@ def read_image(
     for p, (a, g) in zip(paths, parts):
         for k, v in parts[0][1].differences(g).items():
             raise DataError(f'{p}: its {k} differs from that of {paths[0]}, {v}; resample the channels to one grid', 'channels')
-    return np.concatenate([_float32(a, p) for p, (a, _) in zip(paths, parts)]), parts[0][1]
+    channels = [_float32(a, p) for p, (a, _) in zip(paths, parts)]
+    return np.concatenate(channels) if len(channels) > 1 else np.ascontiguousarray(channels[0]), parts[0][1]
 
 # %% ../nbs/00_arrays.ipynb #9ea91cce
 def channel_names(
@@ -349,13 +350,13 @@ def atomic(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_arrays.ipynb #2ff48d66
+# %% ../nbs/00_arrays.ipynb #d46bd598
 _writable = ('.nii.gz', '.nii', '.nrrd', '.mha', '.png', '.tif', '.tiff')
 
-def _check_place(g, path): # a picture has no place anyway
+def _check_place(g, path):
     "DataError where a TIFF would forget the place of a volume"
     plain = Geometry(g.shape, (1.,)*3, (0.,)*3, tuple(np.eye(3).ravel().tolist()))
-    if g.ndim == 3 and (lost := plain.differences(g)):
+    if lost := plain.differences(g): # empty for a picture
         raise DataError(f'{path}: TIFF would lose the {" and ".join(lost)} of the scan; write .nii.gz instead')
 
 def _check_mask(y, g, path):

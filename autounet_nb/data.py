@@ -18,11 +18,11 @@ from .cases import *
 _all_ = ['DataError', 'Geometry', 'atomic', 'split_name', 'is_series', 'channel_names', 'read_image', 'read_label', 'write_like',
          'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap', 'progress', 'watched']
 
-# %% ../nbs/00_data.ipynb #de94e770
+# %% ../nbs/00_data.ipynb #6bb7368d
 def _classes(d, path): # labels, either way round, and where they stand
     "name → value of the classes, background first"
     if not isinstance(d, dict): raise DataError(f'{path}: "labels" is {d!r}; it must map every class to its value')
-    turn = all(str(k).isdecimal() for k in d)
+    turn = all(str(k).isdigit() for k in d)
     res = {'background': 0}
     for name, v in ((str(v), k) if turn else (k, v) for k, v in d.items()):
         if isinstance(v, list): raise DataError(f'{path}: class {name!r} is a region of the values {v}; give each class one value of its own')

@@ -486,10 +486,11 @@ def test_dicom_folder_with_two_series(tmp_path):
 def test_dicom_series_with_a_truncated_slice(tmp_path, name, end):
     d = write_series(tmp_path/'a', VOLUME)
     for p in list(d.iterdir()): p.rename(p.with_suffix(end))
-    for note in ('notes.txt', 'README', '.hidden.dcm', 'DICOMDIR'): (d/note).write_text('This is no slice')
+    for note in ('notes.txt', 'README', '.hidden.dcm'): (d/note).write_text('This is no slice')
     p = d/f'{name}{end}'
     whole = p.read_bytes()
-    for content in (b'', whole[:60], whole[:131], whole[:132], whole[:500], whole[:-1], bytes(len(whole))):
+    (d/'DICOMDIR').write_bytes(whole[:300]) # begins as a slice does
+    for content in (b'', whole[:60], whole[:131], whole[:132], whole[:500], whole[:-1], bytes(len(whole)), *([b'<html>404'] if end else [])):
         p.write_bytes(content)
         for f in (read_image, channel_names):
             with pytest.raises(DataError, match=f'{p}: the file is truncated'): f(d)
