@@ -62,49 +62,93 @@ class Geometry:
 
 def _short(v): return '(' + ', '.join(f'{o:.6g}' for o in v) + ')'
 
-# %% ../nbs/00_arrays.ipynb #40b8cbbf
+# %% ../nbs/00_arrays.ipynb #d4b2b2ef
+_broken = '{}: the file is truncated or damaged; fetch it again from where it came'
+_behind = '{}: behind the end of its packed data come other bytes; fetch it again, or unpack it and pack it anew'
+
+@contextmanager
+def _unpacked(
+    path, # of a file, packed by gzip or not
+):
+    "The file, open for reading what is in it; DataError where that can't be unpacked to its end"
+    with open(path, 'rb') as f: packed = f.read(2) == b'\x1f\x8b' and path.lower().endswith('.gz') # a bare file that is called so is read by ITK as it is
+    try:
+        with (gzip.open if packed else open)(path, 'rb') as f: yield f
+    except gzip.BadGzipFile as e: raise DataError((_behind if 'Not a gzipped' in str(e) else _broken).format(path)) from None
+    except (EOFError, zlib.error): raise DataError(_broken.format(path)) from None
+
 def _go_through(
     path, # of a file, packed by gzip or not
     start=0, # where the voxels begin
     dtype=None, # of the voxels, where they can be NaN
-) -> tuple: # (bytes inside, or -1 where it is damaged; voxels that are NaN or infinite)
+) -> tuple: # (bytes inside, voxels that are NaN or infinite)
     "Read all that a file holds"
     bad = 0
-    try:
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
-            n = len(f.read(start))
-            while b := f.read(1 << 20):
-                n += len(b)
-                if dtype: bad += (~np.isfinite(np.frombuffer(b, dtype, len(b)//dtype.itemsize))).sum()
-    except (EOFError, gzip.BadGzipFile, zlib.error): return -1, bad
+    with _unpacked(path) as f:
+        n = len(f.read(start))
+        while b := f.read(1 << 20):
+            n += len(b)
+            if dtype: bad += (~np.isfinite(np.frombuffer(b, dtype, len(b)//dtype.itemsize))).sum()
     return n, bad
 
-# %% ../nbs/00_arrays.ipynb #fa344493
-def _packed_whole(
-    b, # bytes of a MetaImage or NRRD file
-    path, # of that file, beside which the voxels may lie
+# %% ../nbs/00_arrays.ipynb #3ff7c837
+_names_file = re.compile(rb'(?:^|[\r\n])[ \t]*(?:ElementDataFile[ \t]*[=:]|data ?file:)[ \t]*([^\r\n]*?)[ \t]*(?:[\r\n]|$)', re.IGNORECASE)
+
+def _voxels_at(
+    path, # of any file
+) -> tuple: # (header, file with the voxels, where they start in it); the header is empty where it isn't one of text
+    "Where a MetaImage or NRRD file has its voxels; DataError where that isn't one file beside it"
+    with open(path, 'rb') as f:
+        nrrd, meta = f.read(4) == b'NRRD', split_name(path)[1] in ('.mha', '.mhd')
+        if not nrrd and not meta: return b'', str(path), 0
+        f.seek(0)
+        b = f.read(1 << 20)
+    end = re.search(rb'\r?\n\r?\n', b) if nrrd else _names_file.search(b)
+    head = b[:end.end()] if end else b
+    named = _names_file.search(head)
+    name = named[1].decode(errors='replace') if named else 'LOCAL'
+    if name.upper() == 'LOCAL': return head, str(path), len(head)
+    folder = os.path.dirname(os.path.abspath(path))
+    full = os.path.normpath(os.path.join(folder, name))
+    if name.startswith('LIST') or '%' in name or not full.startswith(os.path.join(folder, '')):
+        raise DataError(f'{path}: it says that its voxels are in {name!r}; only one file in the folder of the header is read, so save it as .mha or .nrrd')
+    if not os.path.isfile(full): raise DataError(f'{path}: its voxels should be in {full}, which is not there; put that file beside the header')
+    return head, full, 0
+
+# %% ../nbs/00_arrays.ipynb #22d41c93
+def _unpacks(
+    path, # of a file
+    start, # where the packed part begins
 ):
     "Can compressed voxels be unpacked to their end and checksum?"
-    end = re.search(rb'ElementDataFile *=.*?\n|\r?\n\r?\n', b)
-    head = b[:end.end()] if end else b
-    if not re.search(rb'CompressedData *= *True|encoding: *gz', head, re.IGNORECASE) or b'skip:' in head: return True
-    name = re.search(rb'(?:ElementDataFile *=|data ?file:) *(.*?)\r?\n', head, re.IGNORECASE)
-    if not name or name[1] == b'LOCAL': b = b[end.end():]
-    elif (p := Path(path).parent/name[1].decode(errors='replace')).is_file(): b = p.read_bytes()
-    else: return True # ITK says which file it misses
     unpack = zlib.decompressobj(47) # zlib or gzip
     try:
-        for i in range(0, len(b), 1 << 20): unpack.decompress(b[i:i + (1 << 20)])
+        with open(path, 'rb') as f:
+            f.seek(start)
+            while b := f.read(1 << 20): unpack.decompress(b)
     except zlib.error: return False
     return unpack.eof
 
-# %% ../nbs/00_arrays.ipynb #05117665
-def _jpeg_whole(b, path=None):
+def _check_voxels(
+    r, # `_header` of a MetaImage or NRRD file
+    head, path, start, # its text, the file with its voxels, and where they start
+):
+    "DataError where voxels are missing or damaged; it names the file that they lie in"
+    if b'skip:' in head: return # rare, and NRRD's reader counts for itself
+    says = lambda meta, nrrd: re.search(meta + rb' *= *True|encoding: *' + nrrd, head, re.IGNORECASE)
+    one = sitk.Image([1]*r.GetDimension(), r.GetPixelID(), r.GetNumberOfComponents())
+    need = math.prod(r.GetSize())*one.GetNumberOfComponentsPerPixel()*one.GetSizeOfPixelComponent()
+    if says(b'CompressedData', b'gz'): whole = _unpacks(path, start)
+    else: whole = not says(b'BinaryData', b'raw') or os.path.getsize(path) - start >= need # else the numbers are written out
+    if not whole: raise DataError(_broken.format(path))
+
+# %% ../nbs/00_arrays.ipynb #fba59a29
+def _jpeg_whole(b):
     i = 2
     while i < len(b) and b[i+1:i+2] != b'\xda': i += 2 + int.from_bytes(b[i+2:i+4], 'big') # from segment to segment, up to the pixels
     return b.find(b'\xff\xd9', i) > 0
 
-def _tiff_whole(b, path=None):
+def _tiff_whole(b):
     order, big = 'little' if b[:2] == b'II' else 'big', 43 in b[2:4]
     number = lambda i, n: int.from_bytes(b[i:i+n], order)
     head, entry, n = (8, 20, 8) if big else (2, 12, 4) # bytes of a page's counter, of each of its entries, of a position in the file
@@ -116,29 +160,35 @@ def _tiff_whole(b, path=None):
         i = number(end, n)
     return True
 
-def _bmp_whole(b, path=None): return int.from_bytes(b[2:6], 'little') <= len(b)
+def _bmp_whole(b): return int.from_bytes(b[2:6], 'little') <= len(b)
 
-_starts = {b'\xff\xd8': _jpeg_whole, b'II*\0': _tiff_whole, b'MM\0*': _tiff_whole, b'II+\0': _tiff_whole, b'MM\0+': _tiff_whole,
-           b'BM': _bmp_whole, b'NRRD': _packed_whole}
+_starts = {b'\xff\xd8': _jpeg_whole, b'II*\0': _tiff_whole, b'MM\0*': _tiff_whole, b'II+\0': _tiff_whole, b'MM\0+': _tiff_whole, b'BM': _bmp_whole}
 
 def _whole(
-    path, # of any file but NIfTI
+    path, # of any file
 ):
-    "False for a file of which ITK wouldn't notice that it is half or damaged"
+    "False for a picture of which ITK wouldn't notice that it is half"
     with open(path, 'rb') as f: start = f.read(4)
-    test = next((t for s, t in _starts.items() if start.startswith(s)), _packed_whole if split_name(path)[1] in ('.mha', '.mhd') else None)
-    return test is None or test(Path(path).read_bytes(), path)
+    test = next((t for s, t in _starts.items() if start.startswith(s)), None)
+    return test is None or test(Path(path).read_bytes())
 
-# %% ../nbs/00_arrays.ipynb #9c70fa95
+# %% ../nbs/00_arrays.ipynb #209039c0
 def _itk_error(path, e): # ITK's reason is the last line of a long text
     why = str(e).strip().splitlines()[-1].split('): ')[-1].removeprefix('sitk::ERROR: ')
     return DataError(f'{path}: cannot be read, it is truncated, damaged or no image that SimpleITK knows ({why}); fetch it again or convert it')
+
+_by_name = {'.nii.gz': '.NII.GZ', '.nii': '.NII', '.hdr': '.HDR', '.jpg': '.JPG', '.jpeg': '.JPEG', '.mha': '', '.mhd': ''} # formats that ITK knows by their suffix, and whether by one in capitals
 
 def _header(
     path, # of an image file
 ):
     "A `sitk.ImageFileReader` that has read the header and no voxel"
     if not os.path.isfile(path): raise DataError(f'{path}: there is no such file')
+    stem, suffix = split_name(path)
+    own = Path(path).name[len(stem):]
+    if own not in (suffix, _by_name.get(suffix, own)): raise DataError(f'{path}: SimpleITK does not know the suffix {own}; rename the file to {stem}{suffix}')
+    if not _whole(path): raise DataError(_broken.format(path))
+    _voxels_at(path) # before ITK opens what the header names
     r = sitk.ImageFileReader()
     r.SetFileName(str(path))
     try: r.ReadImageInformation()
@@ -150,7 +200,7 @@ def _check_nifti(
     r, # its `_header`
 ):
     "DataError for what ITK would silently replace: spacings, voxels that are NaN, and voxels that aren't there"
-    with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f: b = f.read(348)
+    with _unpacked(path) as f: b = f.read(348)
     order, big = ('<', 'little') if int.from_bytes(b[:4], 'little') in (348, 540) else ('>', 'big')
     old = int.from_bytes(b[:4], big) == 348 # else NIfTI-2
     mm = np.frombuffer(b, order + ('f4' if old else 'f8'), 4, 76 if old else 104)[1:]
@@ -159,26 +209,30 @@ def _check_nifti(
 
     meta = lambda k: int(float(r.GetMetaData(k)))
     need = math.prod(max(1, meta(f'dim[{i+1}]')) for i in range(meta('dim[0]')))*meta('bitpix')//8 + meta('vox_offset')
-    if path.lower().endswith('.hdr'): path = next((p for p in (path[:-4] + '.img', path[:-4] + '.img.gz') if os.path.exists(p)), path)
+    if path.lower().endswith('.hdr'): path = next((p for p in (path[:-4] + s for s in ('.img', '.img.gz', '.IMG', '.IMG.GZ')) if os.path.exists(p)), path)
     kind = {16: 'f4', 64: 'f8'}.get(meta('datatype'))
     n, bad = _go_through(path, meta('vox_offset'), kind and np.dtype(order + kind))
     if n < need: raise DataError(_broken.format(path))
     if bad: raise DataError(_nan.format(path, bad), 'not-finite')
 
-_broken = '{}: the file is truncated or damaged; fetch it again from where it came'
 _nan = '{}: {} voxels are NaN or infinite; replace them, for instance by the value of air'
 
 def _read_file(path):
     "The SimpleITK image of a file that is known to be whole"
-    if os.path.isfile(path) and not _whole(path): raise DataError(_broken.format(path))
     r = _header(path)
-    if r.HasMetaDataKey('vox_offset'): _check_nifti(str(path), r)
+    head, *at = _voxels_at(path)
+    if head: _check_voxels(r, head, *at)
+    elif r.HasMetaDataKey('vox_offset'): _check_nifti(str(path), r) # a MetaImage or NRRD may have inherited such keys
     try: return r.Execute()
     except RuntimeError as e: raise _itk_error(path, e) from None
 
-# %% ../nbs/00_arrays.ipynb #3a8cb474
+# %% ../nbs/00_arrays.ipynb #96873308
 def _is_dicom(path):
     with open(path, 'rb') as f: return f.read(132)[128:] == b'DICM'
+
+def _was_slice(path): # or what is left of one: 128 bytes, mostly zeros, then DICM
+    with open(path, 'rb') as f: b = f.read(132)
+    return b[128:] == b'DICM' or not b[:128].strip(b'\0')
 
 def is_series(
     path, # of a file or folder
@@ -194,7 +248,12 @@ def _slices(
     "The slices of a DICOM series, sorted by position"
     ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(ids) != 1: raise DataError(f'{folder}: holds {len(ids)} DICOM series where one is expected; give each a folder of its own')
-    return sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), ids[0])
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), ids[0])
+    known, suffixes = {Path(f).name for f in files}, {Path(f).suffix.lower() for f in files} - {''}
+    for p in sorted(Path(folder).iterdir()):
+        if p.name in known or p.name[0] == '.' or p.name == 'DICOMDIR' or p.is_dir(): continue
+        if p.suffix.lower() in suffixes or _was_slice(p): raise DataError(_broken.format(p))
+    return files
 
 def _read_series(folder):
     r, files = sitk.ImageSeriesReader(), _slices(folder)
@@ -207,8 +266,11 @@ def _read_series(folder):
     if gaps.max() <= 1.5*gaps.min(): return im
     raise DataError(f'{folder}: the gaps between slices go from {gaps.min():.4g} to {gaps.max():.4g} mm; fetch the missing slices, or give every volume its own folder')
 
-# %% ../nbs/00_arrays.ipynb #a945024b
+# %% ../nbs/00_arrays.ipynb #dfbaa40d
 _dpi = ('.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
+
+def _opaque(a, path): # the last of four channels of a picture
+    return len(a) == 4 and a.dtype.kind == 'u' and split_name(path)[1] in ('.png', *_dpi) and (a[-1] == np.iinfo(a.dtype).max).all()
 
 def _geometry(im, shape, printed):
     n = min(im.GetDimension(), 3)
@@ -226,10 +288,19 @@ def _array(
     if n > 3 + (parts == 1): raise DataError(f'{path}: has more than four dimensions; save each channel as a 3D file')
     if parts > 1: a = np.moveaxis(a, -1, 0)
     elif n < 4: a = a[None]
+    if _opaque(a, path): a = a[:3]
     if n == 2: a = a[:, None]
     return a, _geometry(im, a.shape[1:], split_name(path)[1] in _dpi)
 
-# %% ../nbs/00_arrays.ipynb #ed8a0fa2
+# %% ../nbs/00_arrays.ipynb #7ad61d0c
+def _float32(a, path):
+    "An array as float32, where every value survives that"
+    with np.errstate(over='ignore', invalid='ignore'):
+        x = a.astype(np.float32, copy=False)
+        if np.isfinite(x.sum(dtype=np.float64)): return x # one is enough to spoil the sum
+    if bad := np.count_nonzero(~np.isfinite(a)): raise DataError(_nan.format(path, bad), 'not-finite')
+    raise DataError(f'{path}: holds the value {a[~np.isfinite(x)][0]:g}, and networks work with numbers up to 3.4e38; replace it, for instance by the value of air', 'not-finite')
+
 def read_image(
     path, # a file, the folder of a DICOM series, or a list of those: one per channel
 ) -> tuple: # (float32 array (c,z,y,x), `Geometry`)
@@ -239,19 +310,20 @@ def read_image(
     for p, (a, g) in zip(paths, parts):
         for k, v in parts[0][1].differences(g).items():
             raise DataError(f'{p}: its {k} differs from that of {paths[0]}, {v}; resample the channels to one grid', 'channels')
-        if not np.isfinite(a.sum(dtype=np.float64)): raise DataError(_nan.format(p, (~np.isfinite(a)).sum()), 'not-finite') # one is enough to spoil the sum
-    return np.concatenate([a for a, _ in parts], dtype=np.float32, casting='unsafe'), parts[0][1]
+    channels = [_float32(a, p) for p, (a, _) in zip(paths, parts)]
+    return np.concatenate(channels) if len(channels) > 1 else np.ascontiguousarray(channels[0]), parts[0][1]
 
-# %% ../nbs/00_arrays.ipynb #8f695671
+# %% ../nbs/00_arrays.ipynb #9ea91cce
 def channel_names(
     path, # of a file, or of the folder of a DICOM series
 ) -> list: # one entry per channel: the modality that DICOM states, else None
     "What a file says about its channels"
     r = _header(_slices(path)[0] if os.path.isdir(path) else path)
     n = r.GetSize()[3] if r.GetDimension() == 4 else r.GetNumberOfComponents()
+    if n == 4 and split_name(path)[1] in ('.png', *_dpi): n = len(_array(path)[0]) # only the pixels say whether one is to be counted
     return [r.GetMetaData('0008|0060').strip() if r.HasMetaDataKey('0008|0060') else None]*n
 
-# %% ../nbs/00_arrays.ipynb #08b26124
+# %% ../nbs/00_arrays.ipynb #429501d0
 def read_label(
     path, # of the file of one mask
 ) -> tuple: # (whole numbers (z,y,x), `Geometry`)
@@ -259,9 +331,10 @@ def read_label(
     (y, *more), g = _array(path)
     if any((c != y).any() for c in more): raise DataError(f'{path}: a mask has one value per voxel, this one has {1 + len(more)} channels; save it with one', 'mask-channels')
     if y.dtype.kind != 'f': return y, g
-    bad = y[y != np.rint(y)] # NaN is not equal to itself, so it is among them
-    if bad.size or not np.isfinite(y).all(): raise DataError(f'{path}: a mask holds whole numbers, this one also {(bad if bad.size else y[~np.isfinite(y)])[0]:g}; save it anew with nearest-neighbour interpolation', 'not-whole')
-    return y.astype(np.int32), g
+    with np.errstate(invalid='ignore'): whole = y.astype(np.int32)
+    bad = y[y != whole] # NaN and all that is too large are among them
+    if bad.size: raise DataError(f'{path}: a mask holds whole numbers, this one also {bad[0]:g}; save it anew with nearest-neighbour interpolation', 'not-whole')
+    return whole, g
 
 # %% ../nbs/00_arrays.ipynb #07910e5d
 @contextmanager
@@ -277,17 +350,24 @@ def atomic(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_arrays.ipynb #62a6b3e5
+# %% ../nbs/00_arrays.ipynb #d46bd598
 _writable = ('.nii.gz', '.nii', '.nrrd', '.mha', '.png', '.tif', '.tiff')
+
+def _check_place(g, path):
+    "DataError where a TIFF would forget the place of a volume"
+    plain = Geometry(g.shape, (1.,)*3, (0.,)*3, tuple(np.eye(3).ravel().tolist()))
+    if lost := plain.differences(g): # empty for a picture
+        raise DataError(f'{path}: TIFF would lose the {" and ".join(lost)} of the scan; write .nii.gz instead')
 
 def _check_mask(y, g, path):
     "DataError where a mask can't be written to `path` without loss"
     flat, suffix = len(y) == 1, split_name(path)[1]
-    if suffix not in _writable: raise DataError(f'{path}: a mask can be written as {", ".join(_writable)}')
+    if not str(path).endswith(_writable): raise DataError(f'{path}: a mask can be written as {", ".join(_writable)}')
     if y.shape != tuple(g.shape): raise DataError(f'{path}: the mask has shape {y.shape}, its scan {tuple(g.shape)}')
     if y.dtype.kind not in 'iub' or y.min() < 0 or y.max() > 65535:
         raise DataError(f'{path}: a mask holds whole numbers from 0 to 65535, this one {y.dtype} from {y.min()} to {y.max()}')
     if suffix == '.png' and not flat: raise DataError(f'{path}: PNG holds one slice, the mask has {len(y)}; write .nii.gz instead')
+    if suffix in ('.tif', '.tiff'): _check_place(g, path)
 
 def write_like(
     label, # mask, whole numbers (z,y,x)

@@ -84,25 +84,36 @@ def _constant(seen):
         for c, v in enumerate(x):
             if v.min() == v.max(): yield path, 'warning', 'constant', f'channel {c} is {v.flat[0]:g} everywhere', 'see whether the export went wrong'
 
-# %% ../nbs/01b_check.ipynb #28f7a9c3
+# %% ../nbs/01b_check.ipynb #b35c3cac
 def _few(values): # a short list of numbers for a message
     v = sorted(values)
     return ', '.join(map(str, v[:8])) + (f' … {v[-1]} ({len(v)} values)' if len(v) > 8 else '')
 
 def _unlisted(seen):
-    "Values below zero, or that the dataset gives no name"
+    "Values that no mask can have, or that the dataset gives no name"
     if not seen.mask: return
     names, values = seen.dataset.labels, np.unique(seen.mask[1]).tolist()
     if below := [v for v in values if v < 0]: yield seen.mask[0], 'error', 'negative', f'the mask holds {_few(below)}', 'values of a mask start at 0'
-    extra = [v for v in values if v >= 0 and v not in names.values()] if names else []
+    if above := [v for v in values if v > 65535]: yield seen.mask[0], 'error', 'too-large', f'the mask holds {_few(above)}', 'values of a mask end at 65535; number the classes anew, from 1 on'
+    extra = [v for v in values if 0 <= v <= 65535 and v not in names.values()] if names else []
     if extra: yield seen.mask[0], 'error', 'unlisted', f'the mask holds {_few(extra)}, which the dataset does not name', f'correct the mask, or add a name; named are {_few(names.values())}'
 
 def _empty(seen):
     "No foreground"
     if seen.mask and not seen.mask[1].any(): yield seen.mask[0], 'warning', 'empty', 'the mask holds nothing but background', 'keep it if there is nothing to find, else draw it'
 
-# %% ../nbs/01b_check.ipynb #61cfb2b4
-_rules = (_wrong_channels, _channels_apart, _mask_apart, _absurd_spacing, _constant, _unlisted, _empty)
+# %% ../nbs/01b_check.ipynb #f054da22
+def _cropped_away(seen):
+    "Foreground outside the box of the voxels where any channel is nonzero"
+    if not seen.mask or not seen.images or {x.shape[1:] for _, x, _ in seen.images} != {seen.mask[1].shape}: return
+    y, nonzero = seen.mask[1] > 0, np.logical_or.reduce([(x != 0).any(0) for _, x, _ in seen.images])
+    hits = [np.flatnonzero(nonzero.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    if not nonzero.any() or len(seen.images) < len(seen.case.images): return # no box, or not all that it depends on
+    inside = y[tuple(slice(h[0], h[-1] + 1) for h in hits)].sum()
+    if inside < y.sum(): yield seen.mask[0], 'warning', 'cropped', f'{y.sum() - inside} of {y.sum()} voxels of foreground lie beside the image, where it is zero up to its border', 'see whether mask and image belong together; these voxels are cropped away and never learnt'
+
+# %% ../nbs/01b_check.ipynb #d957de83
+_rules = (_wrong_channels, _channels_apart, _mask_apart, _absurd_spacing, _constant, _unlisted, _empty, _cropped_away)
 
 class Checked(NamedTuple):
     "What one case leaves behind"
@@ -111,6 +122,7 @@ class Checked(NamedTuple):
     digest: str # of the image's voxels; '' where there is nothing to compare
     values: frozenset # of the mask
     like_ct: tuple # per channel
+    maybe_ct: tuple = () # per channel
 
 def _digest(images):
     if any(x.min() == x.max() for _, x, _ in images): return '' # all blank images are alike
@@ -121,6 +133,12 @@ def _digest(images):
 def _like_ct(x): # Hounsfield units: whole numbers, with air near -1000 and bone far above water
     return bool(-3100 < x.min() <= -500 and x.max() >= 150 and (x.ravel()[::97] % 1 == 0).all())
 
+def _maybe_ct(x): # the same in a window, or shifted so that air is the lowest value
+    if x.min() <= -100 and x.max() >= 100: return True
+    above = x.ravel()[::97] - x.min()
+    above = above[above > 300] # without air and most of the lungs
+    return bool(above.size and ((above > 850) & (above < 1200)).mean() > .5)
+
 def check_case(
     case, # `Case`
     dataset, # `Dataset` that says which channels and classes to expect
@@ -130,7 +148,8 @@ def check_case(
     for path, severity, kind, message, fix in chain.from_iterable(rule(seen) for rule in _rules):
         if kind not in {p.kind for p in problems}: problems.append(Problem(case.id, path, severity, kind, message, fix))
     values = frozenset(np.unique(seen.mask[1]).tolist()) if seen.mask else frozenset()
-    return Checked(case.id, problems, _digest(seen.images), values, tuple(_like_ct(c) for _, x, _ in seen.images for c in x))
+    channels = [c for _, x, _ in seen.images for c in x]
+    return Checked(case.id, problems, _digest(seen.images), values, tuple(map(_like_ct, channels)), tuple(map(_maybe_ct, channels)))
 
 # %% ../nbs/01b_check.ipynb #b1622702
 def _incomplete(dataset):
@@ -159,13 +178,25 @@ def _odd_values(checked, dataset):
     if absent := [k for k, v in names.items() if found and v and v not in found]:
         yield Problem('', '', 'warning', 'absent', f'no mask holds {", ".join(absent)}', 'see whether these classes were drawn at all')
 
-# %% ../nbs/01b_check.ipynb #633293ee
+# %% ../nbs/01b_check.ipynb #d8a02fae
+def _taken(checked, dataset):
+    "A class that is called what the scores call something else"
+    if 'id' in dataset.labels: yield Problem('', '', 'error', 'name', 'a class is called "id", which is what the scores call the name of a case', 'give the class another name in dataset.json, such as "ID"')
+
+# %% ../nbs/01b_check.ipynb #f1f7b734
 def _unnamed_ct(checked, dataset):
     "A channel that looks like CT and isn't called so"
     for i, name in enumerate(dataset.modalities):
         like = [c.like_ct[i] for c in checked if len(c.like_ct) > i]
         if name == f'channel {i}' and sum(like) > len(like)/2:
             yield Problem('', '', 'warning', 'modality', f'channel {i} looks like CT in Hounsfield units in {sum(like)} of {len(like)} cases, but nothing says so, and it would not be normalised as CT', "say modalities=['CT'] (--modalities CT) if it is CT")
+
+def _misnamed_ct(checked, dataset):
+    "A channel that is called CT, perhaps by chance, and doesn't look like it"
+    for i, name in enumerate(dataset.modalities):
+        unlike = [not c.maybe_ct[i] for c in checked if len(c.maybe_ct) > i]
+        if 'ct' in name.lower() and sum(unlike) > len(unlike)/2:
+            yield Problem('', '', 'warning', 'modality', f'channel {i} is called {name!r}, which has "ct" in it, so it would be normalised as CT, but it does not look like Hounsfield units in {sum(unlike)} of {len(unlike)} cases', "if it is no CT, say modalities=['…'] (--modalities …) with a name that has no \"ct\" in it")
 
 # %% ../nbs/01b_check.ipynb #a6059554
 @dataclass(frozen=True, repr=False)
@@ -207,7 +238,7 @@ class Report:
         rows = ''.join('<tr>' + ''.join(f'<td {left}>{escape(o)}</td>' for o in r) + '</tr>' for r in self._rows())
         return (f'<table><tr>{head}</tr>{rows}</table>' if rows else '') + escape(self._summary())
 
-# %% ../nbs/01b_check.ipynb #9901ecc2
+# %% ../nbs/01b_check.ipynb #8b856471
 def _failed(case, error): # what nobody has foreseen must still say where it happened
     return Checked(case.id, [Problem(case.id, case.images[0], 'error', 'failed', f'{type(error).__name__}: {error}', 'look at this file')], '', frozenset(), ())
 
@@ -221,5 +252,5 @@ def check(
     found = pmap(partial(check_case, dataset=facts), dataset, workers, 'checking')
     checked = sorted(_failed(c, r) if isinstance(r, Exception) else r for c, r in found)
     problems = [p for c in checked for p in c.problems] + [*_incomplete(dataset)]
-    for rule in (_twins, _odd_values, _unnamed_ct): problems += rule(checked, dataset)
+    for rule in (_twins, _odd_values, _taken, _unnamed_ct, _misnamed_ct): problems += rule(checked, dataset)
     return Report(dataset, tuple(sorted(problems, key=lambda p: (p.severity, p.case, p.kind))))

@@ -18,7 +18,7 @@ from .cases import *
 _all_ = ['DataError', 'Geometry', 'atomic', 'split_name', 'is_series', 'channel_names', 'read_image', 'read_label', 'write_like',
          'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap', 'progress', 'watched']
 
-# %% ../nbs/00_data.ipynb #ca89b8de
+# %% ../nbs/00_data.ipynb #6bb7368d
 def _classes(d, path): # labels, either way round, and where they stand
     "name → value of the classes, background first"
     if not isinstance(d, dict): raise DataError(f'{path}: "labels" is {d!r}; it must map every class to its value')
@@ -27,7 +27,7 @@ def _classes(d, path): # labels, either way round, and where they stand
     for name, v in ((str(v), k) if turn else (k, v) for k, v in d.items()):
         if isinstance(v, list): raise DataError(f'{path}: class {name!r} is a region of the values {v}; give each class one value of its own')
         if name == 'ignore': raise DataError(f'{path}: a label "ignore" is not supported; make it a class, or leave out the cases that have it')
-        if not str(v).isdigit(): raise DataError(f'{path}: class {name!r} has the value {v!r}; values are whole numbers from 0 on')
+        if not re.fullmatch(r'\d{1,5}', str(v)) or int(v) > 65535: raise DataError(f'{path}: class {name!r} has the value {v!r}; values are whole numbers from 0 to 65535')
         if int(v) == 0: continue
         if name in res or int(v) in res.values(): raise DataError(f'{path}: class {name!r} with value {v} is there twice; names and values must differ')
         res[name] = int(v)
@@ -41,20 +41,20 @@ def _modalities(d, path): # what a dataset.json says, and where it lies
     if not isinstance(names, list) or not names: raise DataError(f'{path}: neither "modality" nor "channel_names" says which channels the images have')
     return tuple(map(str, names))
 
-# %% ../nbs/00_data.ipynb #fa8c9885
+# %% ../nbs/00_data.ipynb #037e5e29
 def _inside(root, path): # folder of a dataset.json, and a path as it stands there
     "Absolute path of a file that a dataset.json names"
     full = os.path.normpath(os.path.join(root, str(path)))
     if not full.startswith(os.path.join(root, '')): raise DataError(f'{root}/dataset.json: {path!r} leads out of the folder; only files inside it are read')
     return full
 
-def _split_channels(path, end, n): # NAME.nii.gz where it exists, else NAME_0000.nii.gz, NAME_0001.nii.gz …
-    stem = path.removesuffix(end)
-    return (stem + end,) if os.path.exists(stem + end) else tuple(f'{stem}_{i:04}{end}' for i in range(n))
+def _split_channels(path, n): # NAME.nii.gz where it exists, else NAME_0000.nii.gz, NAME_0001.nii.gz …
+    at = len(path) - len(split_name(path)[1])
+    return (path,) if os.path.lexists(path) else tuple(f'{path[:at]}_{i:04}{path[at:]}' for i in range(n))
 
 def _listed(root, d, n):
     "(id, images, mask) of each case that a dataset.json lists"
-    def case(image, label): return split_name(label)[0], _split_channels(_inside(root, image), split_name(image)[1], n), _inside(root, label)
+    def case(image, label): return split_name(label)[0], _split_channels(_inside(root, image), n), _inside(root, label)
     try:
         if not d.get('dataset'): return [case(e['image'], e['label']) for e in d['training']]
         return [(k, tuple(_inside(root, p) for p in e['images']), _inside(root, e['label'])) for k, e in d['dataset'].items()] # an option of nnU-Net 2
@@ -63,11 +63,13 @@ def _listed(root, d, n):
 def _foldered(root, d, n):
     "The same from the names of the files in imagesTr and labelsTr"
     end = str(d.get('file_ending', '.nii.gz'))
-    def stems(sub):
+    def files(sub): # .nii.gz finds .NII.GZ, too
         if not os.path.isdir(f'{root}/{sub}'): raise DataError(f'{root}: there is a dataset.json but no folder {sub}')
-        return {f[:-len(end)] for f in os.listdir(f'{root}/{sub}') if f.endswith(end) and f[0] != '.'}
-    ids = {re.sub(r'_\d{4}$', '', k) for k in stems('imagesTr')} | stems('labelsTr')
-    return [(k, _split_channels(f'{root}/imagesTr/{k}', end, n), f'{root}/labelsTr/{k}{end}') for k in ids]
+        return {f[:-len(end)]: f'{root}/{sub}/{f}' for f in os.listdir(f'{root}/{sub}') if f.lower().endswith(end.lower()) and f[0] != '.'}
+    images, masks = files('imagesTr'), files('labelsTr')
+    def channels(k): return [k] if k in images else [f'{k}_{i:04}' for i in range(n)]
+    return [(k, tuple(images.get(c, f'{root}/imagesTr/{c}{end}') for c in channels(k)), masks.get(k, f'{root}/labelsTr/{k}{end}'))
+            for k in {re.sub(r'_\d{4}$', '', c) for c in images} | set(masks)]
 
 # %% ../nbs/00_data.ipynb #13b7928f
 def _expand(pattern): # 'a_{t1,t2}.mha' → ['a_t1.mha', 'a_t2.mha'] and ['t1', 't2']
@@ -86,7 +88,7 @@ def _matches(root, files, pattern):
         res[k] = f
     return res
 
-# %% ../nbs/00_data.ipynb #b3ae9885
+# %% ../nbs/00_data.ipynb #590b7136
 def _tree(root):
     "All files and DICOM series below a folder, hidden ones left out"
     for d, dirs, files in os.walk(root, followlinks=True):
@@ -96,9 +98,9 @@ def _tree(root):
         yield from (os.path.join(d, f) for f in sorted(files) if f[0] != '.')
 
 def _listing(folder):
-    "The image files and DICOM series in a folder, sorted"
+    "The image files and DICOM series in a folder, sorted; links that lead nowhere are among them, to be missed"
     paths = [p for p in sorted(Path(folder).iterdir()) if p.name[0] != '.']
-    return [str(p) for p in paths if is_series(p) or (p.is_file() and split_name(p)[1])]
+    return [str(p) for p in paths if is_series(p) or (not p.is_dir() and split_name(p)[1])]
 
 # %% ../nbs/00_data.ipynb #a77b6cad
 def _patterned(root, images, labels):
@@ -130,7 +132,7 @@ def _paired(root):
     n = max(map(len, groups.values()), default=1)
     return [(k, tuple(groups.get(k, ())) + (None,)*(n - len(groups.get(k, ()))), labels.get(k)) for k in set(groups) | set(labels)]
 
-# %% ../nbs/00_data.ipynb #60e17411
+# %% ../nbs/00_data.ipynb #38740282
 def _sort_out(triples):
     "Complete `Case`s, and file → reason for what isn't complete"
     cases, unpaired = [], {}
@@ -139,7 +141,9 @@ def _sort_out(triples):
     for k, images, label in sorted(triples, key=lambda t: t[0]):
         have = [p for p in images if p and os.path.exists(p)]
         masked = label and os.path.exists(label)
-        if len(have) == len(images) and masked: cases.append(Case(k, images, label))
+        dead = next((p for p in (*images, label) if p and os.path.islink(p) and not os.path.exists(p)), None)
+        if dead: unpaired[dead] = 'a link to a file that is not there'
+        elif len(have) == len(images) and masked: cases.append(Case(k, images, label))
         elif len(have) == len(images): unpaired[have[0]] = 'image without a mask'
         elif have: unpaired[have[0]] = f'{len(images) - len(have)} of its {len(images)} channels are missing'
         elif masked: unpaired[label] = 'mask without an image'

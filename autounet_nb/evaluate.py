@@ -74,20 +74,29 @@ def _pairs(
     said = [f'{len(extra)} predictions have no label and were not scored: {", ".join(extra[:10])}{" …" if len(extra) > 10 else ""}'] if extra else []
     return [(k, p[k], y[k]) for k in sorted(y)], said
 
-# %% ../nbs/13_evaluate.ipynb #0dda3ca6
+# %% ../nbs/13_evaluate.ipynb #5e660d64
 def _score_case(
     pair, # (id, prediction, label)
 ):
-    "(counts per value, sentences to be said) for one case"
+    "(counts per value, what differs in place → both values) for one case"
     id, p, y = pair
     try: (a, g), (b, h) = read_label(p), read_label(y)
     except DataError as e: raise DataError(f'case {id}: {e}') from None
     for f, m in ((p, a), (y, b)):
         if m.min() < 0 or m.max() > 65535: raise DataError(f'case {id}: {f} holds values from {m.min()} to {m.max()}; those of a mask lie between 0 and 65535')
     if a.shape != b.shape: raise DataError(f'case {id}: prediction {p} has size {a.shape} and label {y} has {b.shape} (z,y,x); they must lie on one grid')
-    return _counts(a, b), [f'case {id}: prediction and label differ in {k}: {v}' for k, v in g.differences(h).items()]
+    return _counts(a, b), g.differences(h)
 
-# %% ../nbs/13_evaluate.ipynb #cd285b8f
+def _apart(
+    differences, # case id → what differs in place → both values
+):
+    "One sentence for each kind of difference"
+    for kind in ('spacing', 'origin', 'direction'):
+        if ids := [k for k, d in differences.items() if kind in d]:
+            yield (f'prediction and label differ in {kind} in {len(ids)} of {len(differences)} cases, as in {ids[0]}: {differences[ids[0]][kind]}. '
+                   'Dice compares voxel by voxel and cannot see that; see which of the two lies in the right place')
+
+# %% ../nbs/13_evaluate.ipynb #0739bc23
 def _mean(values):
     "Mean of those that are numbers; None where there are none"
     numbers = [v for v in values if v is not None]
@@ -122,7 +131,8 @@ class Scores:
 
     def _said(self):
         n = {k: self.both_empty(k) for k in self.names}
-        return [f'{k}: prediction and label are both empty in {e} of {len(self.cases)} cases; they have no Dice and are left out of the mean' for k, e in n.items() if e] + list(self.warnings)
+        return [f'{k}: prediction and label are both empty in {e} of {len(self.cases)} cases; they have no Dice and are left out of the mean' for k, e in n.items() if e]
+    def _warned(self): return [f'Warning: {w}' for w in self.warnings] # above the table, so that nobody is pleased too early
 
     def _rows(self, most=20):
         "Table rows: the worst cases, then the means"
@@ -136,7 +146,7 @@ class Scores:
         width = [max(map(len, c)) for c in zip(*lines)]
         text = ['  '.join(v.ljust(w) for v, w in zip(l, width)).rstrip() for l in lines]
         if more: text.insert(-1, f'… and {more} better ones')
-        return '\n'.join(text[:-1] + ['-'*sum(width, 2*len(width) - 2), text[-1]] + self._said())
+        return '\n'.join(self._warned() + text[:-1] + ['-'*sum(width, 2*len(width) - 2), text[-1]] + self._said())
 
     def _repr_html_(self):
         rows, mean, more = self._rows()
@@ -144,7 +154,8 @@ class Scores:
         line = lambda r, t='td': f'<tr><{t} style="text-align:left">{escape(r[0])}</{t}>' + ''.join(f'<{t}{bar(v)}>{_show(v)}</{t}>' for v in r[1:]) + '</tr>'
         head = '<tr>' + ''.join(f'<th>{escape(n)}</th>' for n in ('Dice', *self.names, 'mean')) + '</tr>'
         rest = f'<tr><td colspan="{len(mean)}">… and {more} better ones</td></tr>' if more else ''
-        return f'<table>{head}{"".join(map(line, rows))}{rest}{line(mean, "th")}</table>' + ''.join(f'<p>{escape(s)}</p>' for s in self._said())
+        warned = ''.join(f'<p><b>{escape(s)}</b></p>' for s in self._warned())
+        return f'{warned}<table>{head}{"".join(map(line, rows))}{rest}{line(mean, "th")}</table>' + ''.join(f'<p>{escape(s)}</p>' for s in self._said())
 
 # %% ../nbs/13_evaluate.ipynb #7c7b55d7
 def _names(
@@ -162,7 +173,7 @@ def _names(
     if 'id' in res: raise DataError('a class is called "id", which is what the scores call the name of a case; pass other names')
     return res
 
-# %% ../nbs/13_evaluate.ipynb #28c88a7a
+# %% ../nbs/13_evaluate.ipynb #1719e3d2
 FEW = 8 # cases up to which starting other processes takes longer than doing the work here
 
 def evaluate(
@@ -180,7 +191,7 @@ def evaluate(
     names = _names(labels, names, {v for counts, _ in found.values() for v in counts})
     if not names: raise DataError(f'{labels}: neither labels nor predictions hold anything but background')
     cases = {k: {n: _ratio(found[k][0].get(v, (0, 0, 0))) for n, v in names.items()} for k, *_ in pairs}
-    return Scores(cases, (*said, *(s for k, *_ in pairs for s in found[k][1])))
+    return Scores(cases, (*said, *_apart({k: found[k][1] for k, *_ in pairs})))
 
 # %% ../nbs/13_evaluate.ipynb #de38ac6d
 def plot_scores(

@@ -43,6 +43,10 @@ def one(v):
     return change
 
 def cut(path): path.write_bytes(path.read_bytes()[:-500])
+def dead_link(path): path.unlink(); path.symlink_to('gone.nii.gz')
+def half_zero(a): a = a.copy(); a[..., :a.shape[-1]//2] = 0; return a
+def rim_only(a): a = a.copy(); a[..., 1:-1] = 0; return a
+def labels(r, **d): write_json(r/'dataset.json', {**read_json(r/'dataset.json'), 'labels': d})
 def header(path, at, value): # a number in the header of a NIfTI file, which SimpleITK would not write
     import gzip
     b = bytearray(gzip.decompress(path.read_bytes()))
@@ -61,6 +65,9 @@ ERRORS = {
     'no image at all': ('decathlon', lambda r: (r/IMAGE).write_bytes(b'hello'), 'unreadable'),
     'listed, not there': ('decathlon', lambda r: [(r/p).unlink() for p in (IMAGE, MASK)], 'missing'),
     'missing mask': ('pairs', lambda r: (r/f'labels/{A}.nii.gz').unlink(), 'missing'),
+    'link to no image': ('pairs', lambda r: dead_link(r/f'images/{A}.nii.gz'), 'missing'),
+    'link to no mask': ('decathlon', lambda r: dead_link(r/MASK), 'missing'),
+    'more than 16 bits': ('pairs', lambda r: edit(r/f'labels/{A}.nii.gz', lambda a: one(65536)(a.astype(np.uint32))), 'too-large'),
     'missing channel': ('two', lambda r: (r/f'imagesTr/{A}_0001.nii.gz').unlink(), 'missing'),
     'size': ('decathlon', lambda r: edit(r/MASK, lambda a: a[1:], Spacing=lambda v: v, Origin=lambda v: v), 'size'),
     'spacing': ('decathlon', lambda r: edit(r/MASK, Spacing=lambda v: v*1.05), 'spacing'),
@@ -87,6 +94,11 @@ def test_errors(broken, name):
     layout, break_it, kind = ERRORS[name]
     assert (A, kind, 'error') in broken(layout, break_it)
 
+def test_values_of_16_bits(broken): assert [k for _, k, _ in broken('pairs', lambda r: edit(r/f'labels/{A}.nii.gz', lambda a: one(65535)(a.astype(np.uint16))))] == ['gaps']
+
+def test_a_class_called_id(broken):
+    assert broken('nnunet', lambda r: labels(r, background=0, id=1, lesion=2)) == [('', 'name', 'error')]
+
 def both(f): return lambda r: [f(p) for p in sorted((r/'labels').iterdir())]
 WARNINGS = {
     'extra mask': ('pairs', lambda r: (r/f'images/{A}.nii.gz').unlink(), (A, 'extra')),
@@ -100,6 +112,8 @@ WARNINGS = {
     'no background': ('pairs', both(lambda p: edit(p, lambda a: a + 1)), ('', 'gaps')),
     'gaps in the list': ('decathlon', lambda r: write_json(r/'dataset.json', {**read_json(r/'dataset.json'), 'labels': {'0': 'background', '1': 'a', '2': 'b', '5': 'c'}}), ('', 'gaps')),
     'class that is nowhere': ('decathlon', lambda r: write_json(r/'dataset.json', {**read_json(r/'dataset.json'), 'labels': {'0': 'background', '1': 'a', '2': 'b', '3': 'c'}}), ('', 'absent')),
+    'mask beside the image': ('pairs', lambda r: edit(r/f'images/{A}.nii.gz', half_zero), (A, 'cropped')),
+    'fat fraction': ('nnunet', lambda r: write_json(r/'dataset.json', {**read_json(r/'dataset.json'), 'channel_names': {'0': 'fat fraction'}}), ('', 'modality')),
     'CT without a name': ('ct', lambda r: None, ('', 'modality'))}
 
 @pytest.mark.parametrize('name', WARNINGS)
@@ -110,6 +124,8 @@ def test_warnings(broken, name):
     assert not [f for f in found if f[2] == 'error']
 
 NO_PROBLEM = {
+    'zeros inside': ('decathlon', lambda r: edit(r/IMAGE, rim_only)),
+    'zeros in one channel': ('two', lambda r: edit(r/f'imagesTr/{A}_0001.nii.gz', half_zero)),
     'noise in the header': ('decathlon', lambda r: edit(r/MASK, Spacing=lambda v: v*(1 + 1e-5), Origin=lambda v: v + 1e-4, Direction=lambda v: v + [1e-7, -1e-5, 0, 1e-5, 0, 0, 0, 0, 0])),
     'mask with decimals': ('decathlon', lambda r: edit(r/MASK, lambda a: a.astype(np.float32))),
     'case without one class': ('pairs', lambda r: edit(r/f'labels/{A}.nii.gz', lambda a: np.where(a == 1, 0, a))),
@@ -119,6 +135,22 @@ NO_PROBLEM = {
 def test_no_problem(broken, name): assert broken(*NO_PROBLEM[name]) == []
 
 def test_ct_with_a_name(healthy): assert check(scan(healthy/'ct', modalities=['CT']), workers=1).problems == ()
+
+@pytest.mark.parametrize('name', ['shifted', 'shifted and cut', 'window', 'resampled'])
+def test_ct_that_is_stored_otherwise(healthy, tmp_path, name):
+    change = {'shifted': lambda a: (a + 1100).astype(np.uint16), 'shifted and cut': lambda a: (a + 1024).clip(0, 1300), 'window': lambda a: a.clip(-160, 240), 'resampled': lambda a: a + np.float32(.3)}[name]
+    shutil.copytree(healthy/'ct', tmp_path/'ct')
+    for p in (tmp_path/'ct/images').iterdir(): edit(p, change)
+    assert check(scan(tmp_path/'ct', modalities=['venous CT']), workers=1).problems == ()
+
+def test_names_that_hold_ct_by_chance(healthy, tmp_path):
+    shutil.copytree(healthy/'pairs', tmp_path/'mr')
+    for scale in (1, .01, 5): # MR has no absolute scale
+        for name in ('bias-corrected', 'OCT', 'Spectral'):
+            p, = check(scan(tmp_path/'mr', modalities=[name]), workers=1).problems
+            assert (p.kind, p.severity) == ('modality', 'warning') and name in p.message and '3 of 3 cases' in p.message and '--modalities' in p.fix
+        for f in (tmp_path/'mr/images').iterdir(): edit(f, lambda a: (a*scale).astype(np.float32))
+    assert check(scan(tmp_path/'mr', modalities=['T1']), workers=1).problems == ()
 
 def test_same_scan_in_another_format(broken, healthy):
     def again(r):

@@ -190,6 +190,24 @@ def test_saved_and_loaded(tmp_path):
     assert Dataset.load(tmp_path/'d.json') == ds
     assert 'T0, T1' in repr(ds) and '<table>' in ds._repr_html_()
 
+@pytest.mark.parametrize('kind', ['decathlon', 'nnunet', 'pairs'])
+def test_suffixes_in_capitals(tmp_path, kind):
+    root = {'decathlon': decathlon, 'nnunet': nnunet, 'pairs': pairs}[kind](tmp_path)
+    for p in root.glob('*/*.nii.gz'): p.rename(str(p).replace('.nii.gz', '.NII.GZ'))
+    if kind == 'decathlon': (root/'dataset.json').write_text((root/'dataset.json').read_text().replace('.nii.gz', '.NII.GZ'))
+    ds = scan(root)
+    assert len(ds) == 3 and not ds.unpaired
+    assert (read_case(ds[2]).label == MASK).all() and len(read_case(ds[2]).image) == len(ds.modalities)
+
+@pytest.mark.parametrize('kind,sub', [(k, s) for k, ss in (('decathlon', ('imagesTr', 'labelsTr')), ('nnunet', ('imagesTr', 'labelsTr')), ('pairs', ('images', 'labels'))) for s in ss])
+def test_links_that_lead_nowhere_are_noted(tmp_path, kind, sub):
+    root = {'decathlon': decathlon, 'nnunet': nnunet, 'pairs': pairs}[kind](tmp_path)
+    p = sorted((root/sub).iterdir())[0]
+    p.unlink(); p.symlink_to(tmp_path/'gone.nii.gz')
+    ds = scan(root)
+    assert ds.unpaired == {str(p): 'a link to a file that is not there'} and [c.id for c in ds] == ['c1', 'c2']
+    if kind == 'pairs': assert scan(root, images='images/*', labels='labels/*').unpaired == ds.unpaired
+
 # ---- folders that are refused
 
 @pytest.mark.parametrize('bad', ['../out.nii.gz', '/etc/hosts', 'imagesTr/../../out.nii.gz', './../data2/x.nii.gz'])
@@ -217,7 +235,8 @@ def test_broken_dataset_json(tmp_path, text):
     with pytest.raises(DataError, match='dataset.json'): scan(root)
 
 @pytest.mark.parametrize('labels,says', [({'background': 0, 'whole': [1, 2]}, 'region'), ({'a': 1, 'ignore': 2}, 'ignore'),
-    ({'a': 'x'}, 'whole numbers'), ({'a': -1}, 'whole numbers'), ({'a': 1, 'b': 1}, 'twice'), ({'1': 'a', '2': 'a'}, 'twice'), (None, 'labels'), ([0, 1], 'labels')])
+    ({'a': 'x'}, 'whole numbers'), ({'a': -1}, 'whole numbers'), ({'a': True}, 'whole numbers'), ({'a': '²'}, 'whole numbers'), ({'²': 'a'}, 'whole numbers'),
+    ({'a': 65536}, '0 to 65535'), ({'a': 10**30}, '0 to 65535'), ({'a': '9'*5000}, '0 to 65535'), ({'9'*5000: 'a'}, '0 to 65535'), ({'a': 1, 'b': 1}, 'twice'), ({'1': 'a', '2': 'a'}, 'twice'), (None, 'labels'), ([0, 1], 'labels')])
 def test_labels_that_cannot_be_trained_on(tmp_path, labels, says):
     with pytest.raises(DataError, match=says): scan(nnunet(tmp_path, labels=labels))
 
@@ -321,6 +340,90 @@ def test_gzip_in_several_parts(tmp_path): # as bgzip and pigz write it
     (tmp_path/'a.nii.gz').write_bytes(gzip.compress(b[:999]) + gzip.compress(b[999:]))
     assert (read_image(tmp_path/'a.nii.gz')[0][0] == VOLUME).all()
 
+def test_bytes_behind_the_packed_data(tmp_path):
+    p = write(tmp_path/'a.nii.gz', VOLUME)
+    p.write_bytes(p.read_bytes() + bytes(300)) # zeros are padding
+    assert (read_image(p)[0][0] == VOLUME).all()
+    p.write_bytes(p.read_bytes() + b'<html>')
+    with pytest.raises(DataError, match='behind the end of its packed data come other bytes'): read_image(p)
+
+def test_a_bare_file_that_is_called_gz(tmp_path):
+    p = write(tmp_path/'a.nii', VOLUME.astype(np.float32)).rename(tmp_path/'a.nii.gz')
+    assert (read_image(p)[0][0] == VOLUME).all()
+    p.write_bytes(p.read_bytes()[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(DataError, match='1 voxels are NaN'): read_image(p)
+    p.write_bytes(p.read_bytes()[:-4])
+    with pytest.raises(DataError, match='truncated'): read_image(p)
+
+@pytest.mark.parametrize('own,name', [('nii.GZ', 'a.nii.gz'), ('Nii', 'a.nii'), ('MHA', 'a.mha'), ('Mhd', 'a.mhd'), ('Jpg', 'a.jpg')])
+def test_spellings_that_itk_does_not_know(tmp_path, own, name, capfd):
+    write(tmp_path/name, GREY).rename(tmp_path/f'x.{own}')
+    with pytest.raises(DataError, match=f'does not know the suffix .{own}; rename the file to {name.replace("a", "x", 1)}$'): read_image(tmp_path/f'x.{own}')
+    assert capfd.readouterr() == ('', '')
+
+@pytest.mark.parametrize('own', ['NII.GZ', 'NII', 'NRRD', 'PNG', 'JPG', 'JPEG', 'BMP', 'TIF', 'Tif', 'Png'])
+def test_spellings_that_itk_knows(tmp_path, own):
+    x = read_image(write(tmp_path/f'a.{own.lower()}', GREY))[0]
+    p = (tmp_path/f'a.{own.lower()}').rename(tmp_path/f'a.{own}')
+    assert (read_image(p)[0] == x).all()
+    p.write_bytes(p.read_bytes()[:len(p.read_bytes())//2])
+    with pytest.raises(DataError): read_image(p)
+
+def test_header_in_capitals(tmp_path):
+    write(tmp_path/'a.hdr', VOLUME)
+    for end in ('hdr', 'img'): (tmp_path/f'a.{end}').rename(tmp_path/f'a.{end.upper()}')
+    assert (read_image(tmp_path/'a.HDR')[0][0] == VOLUME).all()
+
+@pytest.mark.parametrize('end', ['mhd', 'nhdr'])
+@pytest.mark.parametrize('where', ['{out}', '../out.raw', 'sub/../../out.raw', 'LIST', 'LIST 2', 'a%03d.raw 1 7 1', '../d2/out.raw'])
+def test_headers_that_name_files_elsewhere(tmp_path, end, where):
+    (tmp_path/'d').mkdir(); (tmp_path/'d2').mkdir()
+    write(tmp_path/f'd/a.{end}', VOLUME)
+    for p in ('out.raw', 'd2/out.raw', 'd/LIST', 'd/LIST 2'): shutil.copy(tmp_path/'d/a.raw', tmp_path/p)
+    p = tmp_path/f'd/a.{end}'
+    head = p.read_text()
+    assert head.count('a.raw') == 1
+    p.write_text(head.replace('a.raw', where.format(out=tmp_path/'out.raw')))
+    for f in (read_image, channel_names):
+        with pytest.raises(DataError, match='only one file in the folder of the header is read'): f(p)
+    (tmp_path/'d/sub').mkdir(); (tmp_path/'d/a.raw').rename(tmp_path/'d/sub/b.raw')
+    p.write_text(head.replace('a.raw', './sub/b.raw')) # below its own folder
+    assert (read_image(p)[0][0] == VOLUME).all()
+
+@pytest.mark.parametrize('end,spelled', [('mhd', 'ElementDataFile : {}'), ('mhd', 'Comment = ElementDataFile = LOCAL\nElementDataFile = {}'), ('mhd', ' ElementDataFile={}'),
+    ('mha', 'ElementDataFile = {}'), ('nhdr', 'datafile: {}'), ('nhdr', 'DATA FILE: {}'), ('nrrd', 'data file: {}')])
+def test_headers_that_name_files_in_other_words(tmp_path, end, spelled):
+    p = write(tmp_path/f'd/a.{"mhd" if end[0] == "m" else "nhdr"}', VOLUME)
+    *head, last = p.read_text().splitlines()
+    assert 'a.raw' in last
+    shutil.copy(tmp_path/'d/a.raw', tmp_path/'out.raw')
+    (tmp_path/f'd/b.{end}').write_text('\n'.join([*head, spelled.format(tmp_path/'out.raw'), '']))
+    with pytest.raises(DataError, match='only one file in the folder of the header is read'): read_image(tmp_path/f'd/b.{end}')
+
+@pytest.mark.parametrize('end', ['mhd', 'nhdr', 'mha', 'nrrd'])
+@pytest.mark.parametrize('a,vector', [(VOLUME, False), (COLOUR.astype(np.float64)[None], True), (GREY, False)])
+def test_voxels_that_a_header_lacks(tmp_path, end, a, vector, capfd):
+    p = write(tmp_path/f'a.{end}', a, vector=vector)
+    raw = tmp_path/'a.raw' if end[-1] in 'dr' and end != 'nrrd' else p
+    assert read_image(p)[0].size == a.size
+    raw.write_bytes(raw.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f'{raw.name}: the file is truncated'): read_image(p)
+    if raw != p:
+        raw.unlink()
+        for f in (read_image, channel_names):
+            with pytest.raises(DataError, match=f'{p.name}: its voxels should be in {raw}, which is not there'): f(p)
+    assert capfd.readouterr() == ('', '')
+
+@pytest.mark.parametrize('end', ['nrrd', 'nhdr', 'mha', 'mhd'])
+@pytest.mark.parametrize('dtype', [np.int16, np.float32])
+def test_formats_that_inherit_the_words_of_nifti(tmp_path, end, dtype):
+    sitk.WriteImage(sitk.ReadImage(str(write(tmp_path/'a.nii.gz', VOLUME.astype(dtype)))), str(tmp_path/f'b.{end}'))
+    assert (read_image(tmp_path/f'b.{end}')[0][0] == VOLUME).all()
+
+def test_text_voxels(tmp_path): # numbers written out: fewer bytes than voxels take in memory
+    (tmp_path/'a.mha').write_text('ObjectType = Image\nNDims = 2\nBinaryData = False\nDimSize = 3 2\nElementType = MET_DOUBLE\nElementDataFile = LOCAL\n1 2 3\n4 5 6\n')
+    assert read_image(tmp_path/'a.mha')[0].ravel().tolist() == [1, 2, 3, 4, 5, 6]
+
 def test_files_that_are_no_images(tmp_path):
     for name in ('a.nii.gz', 'a.tif', 'a.jpg', 'a.png', 'a.dcm', 'a.mha', 'a.nrrd'):
         for content in (b'', b'hello', b'II*\0', b'\xff\xd8', bytes(500)):
@@ -358,6 +461,16 @@ def test_voxels_that_are_not_finite(tmp_path, end, dtype, bad):
     with pytest.raises(DataError, match='1 voxels are NaN') as e: read_image(write(tmp_path/f'a.{end}', a))
     assert e.value.kind == 'not-finite'
 
+@pytest.mark.parametrize('end', ['nii', 'nii.gz', 'mha', 'nrrd'])
+def test_voxels_beyond_float32(tmp_path, end, recwarn):
+    a = VOLUME.astype(np.float64)
+    a[0, 0, :2] = 3e38, -3e38
+    assert np.isfinite(read_image(write(tmp_path/f'ok.{end}', a))[0]).all()
+    for v in (1e39, -1.7e308):
+        a[1:3, 2, 3] = v # the sum of two of them is infinite even in 64 bits
+        with pytest.raises(DataError, match=f'a.{end}: holds the value {v:g}'.replace('+', r'\+')): read_image(write(tmp_path/f'a.{end}', a))
+    assert not recwarn.list
+
 def test_dicom_series_with_a_gap(tmp_path):
     d = write_series(tmp_path/'a', VOLUME)
     (d/'015.dcm').unlink()
@@ -368,10 +481,21 @@ def test_dicom_folder_with_two_series(tmp_path):
     for p in write_series(tmp_path/'b', VOLUME, uid='1.2.826.0.1.3680043.2.1125.8').iterdir(): shutil.copy(p, d/f'b{p.name}')
     with pytest.raises(DataError, match='holds 2 DICOM series'): read_image(d)
 
-def test_dicom_series_with_a_truncated_slice(tmp_path):
+@pytest.mark.parametrize('name', ['000', '015', '030']) # the first one, one in the middle, the last one
+@pytest.mark.parametrize('end', ['.dcm', ''])
+def test_dicom_series_with_a_truncated_slice(tmp_path, name, end):
     d = write_series(tmp_path/'a', VOLUME)
-    (d/'015.dcm').write_bytes((d/'015.dcm').read_bytes()[:-200])
-    with pytest.raises(DataError): read_image(d)
+    for p in list(d.iterdir()): p.rename(p.with_suffix(end))
+    for note in ('notes.txt', 'README', '.hidden.dcm'): (d/note).write_text('This is no slice')
+    p = d/f'{name}{end}'
+    whole = p.read_bytes()
+    (d/'DICOMDIR').write_bytes(whole[:300]) # begins as a slice does
+    for content in (b'', whole[:60], whole[:131], whole[:132], whole[:500], whole[:-1], bytes(len(whole)), *([b'<html>404'] if end else [])):
+        p.write_bytes(content)
+        for f in (read_image, channel_names):
+            with pytest.raises(DataError, match=f'{p}: the file is truncated'): f(d)
+    p.write_bytes(whole)
+    assert (read_image(d)[0][0] == VOLUME).all()
 
 # ---- masks, cases, results
 
@@ -385,6 +509,21 @@ def test_masks(tmp_path):
         with pytest.raises(DataError) as e: read_label(write(tmp_path/name, a))
         assert e.value.kind == kind
     with pytest.raises(DataError, match='3 channels'): read_label(write(tmp_path/'rgb.png', COLOUR, vector=True))
+    for v in (3e9, -1e300):
+        with pytest.raises(DataError, match='whole numbers') as e: read_label(write(tmp_path/'a.nrrd', np.where(MASK, v, 0.)))
+        assert e.value.kind == 'not-whole'
+
+@pytest.mark.parametrize('end', ['png', 'tif', 'bmp'])
+def test_pictures_that_are_opaque(tmp_path, end):
+    full = np.full_like(GREY, 255)
+    def save(name, *channels): Image.fromarray(np.stack(channels, -1), 'RGBA').save(tmp_path/f'{name}.{end}'); return tmp_path/f'{name}.{end}'
+    assert (read_label(save('mask', GREY, GREY, GREY, full))[0][0] == GREY).all()
+    p = save('image', *COLOUR.transpose(2, 0, 1), full)
+    assert (read_image(p)[0][:, 0] == COLOUR.transpose(2, 0, 1)).all() and len(channel_names(p)) == 3
+    full[3, 4] = 254 # now it says something
+    p = save('clear', *COLOUR.transpose(2, 0, 1), full)
+    assert (read_image(p)[0][3] == full).all() and len(channel_names(p)) == 4
+    with pytest.raises(DataError, match='4 channels'): read_label(save('clear_mask', GREY, GREY, GREY, full))
 
 def test_case_whose_files_do_not_fit(tmp_path):
     image = str(write(tmp_path/'i.nii.gz', VOLUME))
@@ -411,9 +550,25 @@ def test_results_lie_where_their_scan_lies(tmp_path, end, ndim):
     for k in ('Spacing', 'Origin', 'Direction'): np.testing.assert_allclose(getattr(a, f'Get{k}')(), getattr(b, f'Get{k}')(), rtol=1e-6, atol=1e-6)
     assert (read_label(tmp_path/f'out{end}')[0] == y).all()
 
+@pytest.mark.parametrize('end', ['tif', 'tiff'])
+def test_tiff_has_no_place(tmp_path, end):
+    turned = (1., 0., 0., 0., 0., -1., 0., 1., 0.)
+    eye = tuple(np.eye(3).ravel().tolist())
+    for lost, g in {'spacing': ((2., 1., 1.), (0.,)*3, eye), 'origin': ((1.,)*3, (0., 5., 0.), eye), 'direction': ((1.,)*3, (0.,)*3, turned)}.items():
+        for y in (MASK, MASK[:1]):
+            with pytest.raises(DataError, match=f'TIFF would lose the {lost} of the scan'): write_like(y, Geometry(y.shape, *g), tmp_path/f'a.{end}')
+    assert list(tmp_path.iterdir()) == []
+    g = read_image(write(tmp_path/f'scan.{end}', VOLUME.astype(np.uint16)))[1] # a stack of TIFF pages can be answered with one
+    write_like(MASK, g, tmp_path/f'out.{end}')
+    y, g2 = read_label(tmp_path/f'out.{end}')
+    assert (y == MASK).all() and g2 == g
+    g = Geometry((1, *GREY.shape), (1., .7, .7), (0., 0.), (1., 0., 0., 1.), 2)
+    write_like(GREY[None], g, tmp_path/f'flat.{end}')
+    assert (read_label(tmp_path/f'flat.{end}')[0] == GREY).all()
+
 def test_results_that_cannot_be_written(tmp_path):
     g = Geometry(MASK.shape, (1., 1., 1.), (0., 0., 0.), tuple(np.eye(3).ravel()), 3)
-    for y, name, says in ((MASK[1:], 'a.nii.gz', 'shape'), (MASK, 'a.png', 'one slice'), (MASK, 'a.jpg', 'can be written as'), (MASK*.5, 'a.nii.gz', 'whole numbers'),
+    for y, name, says in ((MASK[1:], 'a.nii.gz', 'shape'), (MASK, 'a.png', 'one slice'), (MASK, 'a.jpg', 'can be written as'), (MASK, 'a.NII.GZ', 'can be written as'), (MASK*.5, 'a.nii.gz', 'whole numbers'),
                           (MASK.astype(int) - 1, 'a.nii.gz', 'whole numbers'), (MASK.astype(int)*70000, 'a.nii.gz', 'whole numbers')):
         with pytest.raises(DataError, match=says): write_like(y, g, tmp_path/name)
     assert list(tmp_path.iterdir()) == []

@@ -6,9 +6,9 @@ from hypothesis import given, strategies as st
 from autounet_nb.data import DataError
 from autounet_nb.evaluate import dice, evaluate
 
-def write(path, y, spacing=1.):
+def write(path, y, spacing=1., origin=0.):
     path.parent.mkdir(parents=True, exist_ok=True)
-    im = sitk.GetImageFromArray(np.asarray(y, np.uint8)); im.SetSpacing((spacing,) * 3); sitk.WriteImage(im, str(path))
+    im = sitk.GetImageFromArray(np.asarray(y, np.uint8)); im.SetSpacing((spacing,) * 3); im.SetOrigin((origin, 0., 0.)); sitk.WriteImage(im, str(path))
 
 @given(st.integers(0, 999), st.floats(0, 1), st.floats(0, 1))
 def test_dice_is_twice_the_overlap_over_the_sizes(seed, p, q):
@@ -51,3 +51,14 @@ def test_missing_and_misfitting_are_errors_extra_is_a_warning(pair):
     with pytest.raises(DataError, match='c0'): evaluate(predictions, labels)
     (predictions/'c0.nii.gz').unlink()
     with pytest.raises(DataError, match='c0'): evaluate(predictions, labels)
+
+@pytest.mark.parametrize('header,kinds', [({}, []), (dict(origin=.01, spacing=1.0001), []), (dict(origin=50.), ['origin']), (dict(spacing=2., origin=50.), ['spacing', 'origin'])])
+def test_masks_in_another_place_are_scored_and_warned_of_first(tmp_path, header, kinds):
+    y = np.random.default_rng(0).integers(0, 2, (4, 5, 6))
+    for i in range(9): # more than are listed one by one
+        write(tmp_path/'labels'/f'c{i}.nii.gz', y); write(tmp_path/'predictions'/f'c{i}.nii.gz', y, **(header if i else {}))
+    s = evaluate(tmp_path/'predictions', tmp_path/'labels', workers=1)
+    assert s.mean == 1 and s.to_json()['warnings'] == list(s.warnings) and len(s.warnings) == len(kinds)
+    for kind, said, line in zip(kinds, s.warnings, repr(s).splitlines()):
+        assert f'differ in {kind} in 8 of 9 cases, as in c1' in said and line == f'Warning: {said}'
+    assert repr(s).splitlines()[len(kinds)].startswith('Dice') and s._repr_html_().startswith('<p><b>' if kinds else '<table>')
