@@ -201,10 +201,10 @@ def _save_figure(fig, path):
     with atomic(path) as tmp: fig.savefig(tmp, format='png', dpi=100, bbox_inches='tight')
     plt.close(fig)
 
-# %% ../nbs/14_crossval.ipynb #b78c1f92
+# %% ../nbs/14_crossval.ipynb #b4a76fed
 def demo(
     folder='demo', # where to put it
-    steps=300, # training steps of the network
+    steps=240, # training steps of the network
     seed=0,
     n=20, # scans to train on and to hold out from training
     unseen=4, # scans that take no part at all

@@ -43,8 +43,8 @@ def kept_values(
     up = [6 * a * n for a, n in zip(f[:-1], v)] + [0]
     return [d + u for d, u in zip(down, up)]
 
-# %% ../nbs/02c_memory.ipynb #7cdd8e3c
-LIBRARIES = 850 * 10**6 # bytes of a process that has loaded Python, PyTorch and fastai; measured
+# %% ../nbs/02c_memory.ipynb #01831a55
+LIBRARIES = 950 * 10**6 # bytes of a process that has loaded Python, PyTorch and fastai; measured
 CLASS_TENSORS = 5 # tensors of all classes that the loss keeps or makes; measured
 WORKING = 3 # tensors of the top level that exist for a moment on the way back; measured
 
