@@ -185,7 +185,7 @@ def _attempt(ask, step, largest):
     if math.prod(e.get('patch', [2])) == 1: raise DataError(f'{ask.name}.patch is a single voxel, which has no mean and spread to be normalised by: the nearest that works is {ask.name}.patch={",".join([*"1" * (ask.dim - 1), "2"])}.')
     if 'patch' in e: p = pooling(e['patch'], mm, limit); patch = Patch(pad_to_pools(e['patch'], p.pools), p)
     else: patch = fit_patch([f.median_shape[i] for i in seen], mm, largest, limit)
-    batch = e.get('batch') or batch_size(patch.size, step, f.n * math.prod(f.median_shape))
+    batch = e.get('batch') or min(10**6, batch_size(patch.size, step, f.n * math.prod(f.median_shape)))
     p, first = patch.pooling, e.get('features', ask.hardware.features)
     if isinstance(first, list) and len(first) != len(p.strides): raise DataError(f'{ask.name}.features has {len(first)} numbers, the network has {len(p.strides)} levels: give one per level, or the first alone.')
     maps = tuple(first) if isinstance(first, list) else feature_maps(len(p.strides), first, max(first, MAX_FEATURES[ask.dim]))
