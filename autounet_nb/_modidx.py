@@ -533,7 +533,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'autounet_nb.plan._reasons': ('plan.html#_reasons', 'autounet_nb/plan.py'),
                                   'autounet_nb.plan._scheme_problem': ('plan.html#_scheme_problem', 'autounet_nb/plan.py'),
                                   'autounet_nb.plan._settable': ('plan.html#_settable', 'autounet_nb/plan.py'),
-                                  'autounet_nb.plan._smaller': ('plan.html#_smaller', 'autounet_nb/plan.py'),
+                                  'autounet_nb.plan._shrunk': ('plan.html#_shrunk', 'autounet_nb/plan.py'),
                                   'autounet_nb.plan._tuples': ('plan.html#_tuples', 'autounet_nb/plan.py'),
                                   'autounet_nb.plan._why_batch': ('plan.html#_why_batch', 'autounet_nb/plan.py'),
                                   'autounet_nb.plan._why_patch': ('plan.html#_why_patch', 'autounet_nb/plan.py'),

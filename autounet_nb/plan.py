@@ -192,7 +192,7 @@ def _attempt(ask, step, largest):
     return SimpleNamespace(name=ask.name, dim=ask.dim, stage=ask.stage, spacing=f.spacing, median_shape=f.median_shape, slice_axis=axis, patch=patch.size, batch=batch, pools=p.pools,
         strides=p.strides, kernels=p.kernels, features=maps, dice=e.get('dice', ask.dice), in_channels=ask.in_channels, classes=len(f.labels)), patch
 
-# %% ../nbs/03_plan.ipynb #7eb470e7
+# %% ../nbs/03_plan.ipynb #74eab98f
 def _build(ask):
     "A model's configuration that fits the hardware, its `Patch`, and in words what did not fit"
     hw, dropped, by_hand = ask.hardware, [], not {'patch', 'batch', 'features'}.isdisjoint(ask.edits)
@@ -212,11 +212,17 @@ class _TooLarge(DataError):
     def __init__(self, ask, config, need):
         super().__init__(f'{ask.name} needs {bytes_text(need)} in a training step with patch {shape_text(config.patch)}, batch {config.batch} and {config.features[0]} feature maps, and the hardware has {bytes_text(ask.hardware.memory)}')
 
-def _smaller(ask, name, share):
-    "The same question with one setting shrunk to a share of it"
+def _shrunk(ask, name, share):
+    "One setting shrunk to a share of it, as it comes out; None where that does not fit"
     v = ask.edits[name]
-    shrunk = [max(1, round(n * share)) for n in v] if isinstance(v, list) else max(1, round(v * share))
-    return replace(ask, edits={**ask.edits, name: shrunk})
+    less = [max(1, round(n * share)) for n in v] if isinstance(v, list) else max(1, round(v * share))
+    by_hand = lambda value: _build(replace(ask, edits={**ask.edits, name: value}))[0]
+    try:
+        res = getattr(by_hand(less), name)
+        res = list(res) if isinstance(v, list) else res[0] if name == 'features' else res
+        by_hand(res) # a patch that was padded may be pooled once more
+        return res
+    except DataError: return None
 
 def _nearest(ask):
     "What to set in place of what is too large, in words"
@@ -225,12 +231,8 @@ def _nearest(ask):
         low, high = 0, 1000 # in thousandths of the value
         while high - low > 1:
             middle = (low + high) // 2
-            try: _build(_smaller(ask, name, middle / 1000)); low = middle
-            except _TooLarge: high = middle
-        try: c, *_ = _build(_smaller(ask, name, low / 1000))
-        except _TooLarge: continue
-        v = dict(patch=c.patch, batch=c.batch, features=c.features if isinstance(ask.edits[name], list) else c.features[0])[name]
-        ways.append(f'{ask.name}.{name}={",".join(map(str, v)) if isinstance(v, tuple) else v}')
+            low, high = (middle, high) if _shrunk(ask, name, middle / 1000) else (low, middle)
+        if v := _shrunk(ask, name, low / 1000): ways.append(f'{ask.name}.{name}={",".join(map(str, v)) if isinstance(v, list) else v}')
     return 'the nearest that fits is ' + ' or '.join(ways) if ways else 'plan for hardware with more memory, such as --hardware 16GB'
 
 def _fitted(ask):
