@@ -16,7 +16,7 @@ def test_help_is_quick_and_names_every_command(autounet):
 
 def test_run_leaves_everything_that_is_promised(trained):
     work = trained/'work'
-    for f in ('dataset.json', 'fingerprint.json', 'plan.json', 'splits.json', 'scores.json'): json.loads((work/f).read_text())
+    for f in ('cases.json', 'fingerprint.json', 'plan.json', 'splits.json', 'scores.json'): json.loads((work/f).read_text())
     for model in ('2d', '3d'):
         names = {p.name for p in (work/'models'/model/'fold_0').iterdir()}
         assert {'weights.safetensors', 'model.json', 'history.csv', 'curves.png', 'worst.png', 'median.png', 'validation'} <= names
@@ -42,7 +42,7 @@ def test_predict_lies_on_the_scans_grid(trained, autounet, tmp_path):
 
 def test_the_work_folder_is_all_that_predict_needs(trained, autounet, tmp_path):
     "Copied without the preprocessed cases, to another place, the scans gone"
-    shutil.copytree(trained/'work', tmp_path/'elsewhere', ignore=shutil.ignore_patterns('prep', 'fingerprint', 'validation', 'dataset.json', 'check.json'))
+    shutil.copytree(trained/'work', tmp_path/'elsewhere', ignore=shutil.ignore_patterns('prep', 'fingerprint', 'validation', 'cases.json', 'check.json'))
     one = next((trained/'new'/'imagesTr').glob('*.nii.gz'))
     for out, work in (('a', trained/'work'), ('b', tmp_path/'elsewhere')):
         assert autounet('predict', work, one, tmp_path/out, '--model', '2d', '--no-tta').returncode == 0
