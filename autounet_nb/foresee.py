@@ -21,7 +21,7 @@ from .augment import *
 # %% ../nbs/12b_foresee.ipynb #61999209
 def _steps(config, device):
     "Endless training steps on random patches; yields after each"
-    net, opt = build_unet(config).to(device), None
+    net = build_unet(config).to(device)
     layout = torch.channels_last_3d if config.dim == 3 else torch.channels_last
     net, loss = net.to(memory_format=layout), DiceCELoss(config.dice)
     opt = Adam(list(net.parameters()), lr=1e-4, decouple_wd=True)
