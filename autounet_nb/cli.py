@@ -186,7 +186,7 @@ def _parser():
     p = add('evaluate', evaluate_command, ('PREDICTIONS', 'folder of segmentations'), ('LABELS', 'folder of true masks with the same names'))
     p.add_argument('--json', action='store_true', help='print the scores as JSON')
     p = add('demo', demo_command); p.add_argument('folder', nargs='?', default='demo', metavar='FOLDER', help='where to put it (default: demo)')
-    p.add_argument('--steps', type=_above_zero(int), default=240, metavar='N', help='training steps (default 240)'); p.add_argument('--seed', type=_seed, default=0, metavar='S', help='default 0')
+    p.add_argument('--steps', type=_above_zero(int), default=320, metavar='N', help='training steps (default 320)'); p.add_argument('--seed', type=_seed, default=0, metavar='S', help='default 0')
     return parser
 
 # %% ../nbs/15_cli.ipynb #36764dd3
