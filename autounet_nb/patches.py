@@ -50,7 +50,7 @@ def forced_foreground(
     "How many samples of a batch have to contain a chosen foreground class: more than a third"
     return int(batch * MIN_FOREGROUND) + 1
 
-# %% ../nbs/10_patches.ipynb #1ff419c1
+# %% ../nbs/10_patches.ipynb #b9aebba3
 class PatchDataset:
     "Random patches of preprocessed cases; item `i` depends on `seed` and `i` alone"
     def __init__(self,
@@ -85,9 +85,10 @@ class PatchDataset:
 
     def __getitem__(self, i):
         case, start = self._draw(self.first + i)
-        x, y = read_patch(case.image, start, self.size), read_patch(case.label, start, self.size)
+        x, y = read_patch(case.image, start, self.size), read_patch(case.label, start, self.size).astype(np.int64)
+        if case.first: y += self.config.classes * read_patch(case.first_stage, start, self.size)
         if self.config.dim == 2: x, y = x.squeeze(self.config.slice_axis + 1), y.squeeze(self.config.slice_axis)
-        return torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))
+        return torch.from_numpy(x), torch.from_numpy(y)
 
 # %% ../nbs/10_patches.ipynb #c2c9faf8
 def patch_dls(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['kfold_splits', 'work_splits', 'save_tensors', 'load_tensors', 'Checkpoint', 'ChannelsLast', 'get_learner',
-           'fit_learner', 'find_device', 'data_key', 'train_fold', 'load_model']
+           'fit_learner', 'find_device', 'prepared_cases', 'data_key', 'train_fold', 'load_model']
 
-# %% ../nbs/11_train.ipynb #ba1bd62c
+# %% ../nbs/11_train.ipynb #090c683c
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -26,6 +26,7 @@ from .preprocess import *
 from .unet import *
 from .loss import *
 from .augment import *
+from .disturb import *
 from .patches import *
 from .schedule import *
 
@@ -117,7 +118,7 @@ class Checkpoint(Callback):
         for cb, state in zip(self._parts(), info['parts']): cb.state = state
         return True
 
-# %% ../nbs/11_train.ipynb #63b40c28
+# %% ../nbs/11_train.ipynb #58327cf3
 class ChannelsLast(Callback):
     "Lays out network and batches with the channels of a voxel side by side"
     order = -5
@@ -144,6 +145,7 @@ def get_learner(
         with torch.random.fork_rng(): torch.manual_seed(seed); net = build_unet(config)
     own = [Journal(folder), schedule, ChannelsLast()]
     if augment: own.append(Augment(config.dim, seed=seed, short=isinstance(schedule, Budget) and len(dls.train.dataset.cases) >= FEW_CASES))
+    if config.name == '3d_cascade': own.append(FirstStage(config.classes, config.spacing, seed))
     if folder: own.append(Checkpoint(folder, recipe))
     if dls.device.type == 'cuda': own.append(MixedPrecision())
     wd = 1e-2 if isinstance(schedule, Budget) else 0.
@@ -169,7 +171,7 @@ def fit_learner(
     with _bars(learn): learn.fit(max(1, epochs - len(learn.journal.history)))
     return learn
 
-# %% ../nbs/11_train.ipynb #e095b7f2
+# %% ../nbs/11_train.ipynb #bef03891
 def find_device(
     name=None, # 'cpu', 'cuda', 'cuda:1' …; None: CUDA if there is one
 ) -> str:
@@ -179,12 +181,15 @@ def find_device(
     except (RuntimeError, AssertionError, NotImplementedError): raise DataError(f'This machine, or its PyTorch, has no device {str(name)!r}: leave it out, or say cpu.') from None
     return str(name)
 
-def _prepared(work, config, ids):
+def prepared_cases(work, config, ids):
     "The preprocessed cases of these ids, or a DataError that names the first missing one"
     folder = Path(work)/'prep'/config.stage
     missing = [i for i in ids if not (folder/f'{i}.json').exists()]
     if missing: raise DataError(f'Case {missing[0]} is not preprocessed for model {config.name}: run `autounet preprocess` first.')
-    return [Prepared(folder, i) for i in ids]
+    first = Path(work)/'first_stage' if config.name == '3d_cascade' else None
+    unseen = [i for i in ids if first and not (first/f'{i}.json').exists()]
+    if unseen: raise DataError(f'Case {unseen[0]} has no segmentation by the first stage, which {config.name} needs: train 3d_lowres on all folds first; `autounet run` does that by itself.')
+    return [Prepared(folder, i, first) for i in ids]
 
 def _case_ids(work, config):
     "The cases to train on: those of the dataset, else those that are prepared"
@@ -196,7 +201,7 @@ def data_key(
     cases, # list of `Prepared`
 ) -> str:
     "Changes when what these cases hold does"
-    return blake2b(json.dumps([[c.id, c.meta.get('digest')] for c in cases]).encode(), digest_size=8).hexdigest()
+    return blake2b(json.dumps([[c.id, *c.digest] for c in cases]).encode(), digest_size=8).hexdigest()
 
 def _finish(folder, learn, config, recipe, finished):
     "Write weights and all that is needed to use them"
@@ -236,7 +241,7 @@ def train_fold(
     config, folder = plan.models[model], work/'models'/model/f'fold_{fold}'
     splits = work_splits(work, _case_ids(work, config), seed=seed)
     if not 0 <= fold < len(splits): raise DataError(f'There is no fold {fold}: the splits have folds 0 to {len(splits) - 1}.')
-    train, valid = (_prepared(work, config, splits[fold][k]) for k in ('train', 'valid'))
+    train, valid = (prepared_cases(work, config, splits[fold][k]) for k in ('train', 'valid'))
     recipe = json.loads(json.dumps(dict(config=config.__dict__, split=splits[fold], data=data_key(train + valid), reading=plan.reading, minutes=minutes, steps=steps, seed=seed,
                                         own=[str(o) for o in (net, loss) if o is not None])))
     if before := _finished(folder):
