@@ -144,7 +144,7 @@ def _points(
         res[k] = np.stack(np.unravel_index(mine, y.shape), 1).astype(np.int32)
     return res
 
-# %% ../nbs/06_preprocess.ipynb #9747e93c
+# %% ../nbs/06_preprocess.ipynb #54f5ead4
 class Prepared:
     "One preprocessed case on disk"
     def __init__(self,
@@ -166,7 +166,7 @@ class Prepared:
         with np.load(self.folder/f'{self.id}_points.npz', allow_pickle=False) as f: return {int(k): f[k] for k in f.files}
     @property
     def digest(self): # changes when a voxel does
-        return [self.meta.get('digest')] + [read_json(self.first/f'{self.id}.json')['digest']]*bool(self.first)
+        return [self.meta.get('digest'), *([read_json(self.first/f'{self.id}.json')['digest']] if self.first else [])]
     @property
     def geometry(self): return Geometry.from_dict(self.meta['geometry']) # of the scan it comes from
     def __repr__(self): return f'Prepared {self.id}: {"×".join(map(str, self.meta["shape"]))} voxels, stage {self.folder.name}'
