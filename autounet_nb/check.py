@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from .data import *
 
-# %% ../nbs/01b_check.ipynb #64c5225c
+# %% ../nbs/01b_check.ipynb #925c9244
 @dataclass(frozen=True)
 class Problem:
     "One thing that is wrong with one case, or with the whole dataset"
@@ -113,7 +113,7 @@ def _cropped_away(seen):
     inside = y[tuple(slice(h[0], h[-1] + 1) for h in hits)].sum()
     if inside < y.sum(): yield seen.mask[0], 'warning', 'cropped', f'{y.sum() - inside} of {y.sum()} voxels of foreground lie beside the image, where it is zero up to its border', 'see whether mask and image belong together; these voxels are cropped away and never learnt'
 
-# %% ../nbs/01b_check.ipynb #5ad83956
+# %% ../nbs/01b_check.ipynb #d957de83
 _rules = (_wrong_channels, _channels_apart, _mask_apart, _absurd_spacing, _constant, _unlisted, _empty, _cropped_away)
 
 class Checked(NamedTuple):
@@ -171,7 +171,7 @@ def _incomplete(dataset):
         case = split_name(path)[0].removesuffix('_0000' if dataset.layout == 'nnunet' else '')
         yield Problem(case, path, 'warning' if extra else 'error', 'extra' if extra else 'missing', why, 'add what is missing, or move this file out of the dataset')
 
-# %% ../nbs/01b_check.ipynb #5c560709
+# %% ../nbs/01b_check.ipynb #ffec89c3
 def _twins(checked, dataset):
     "The same scan under two names"
     first = {}
@@ -264,7 +264,7 @@ class Report:
         rows = ''.join('<tr>' + ''.join(f'<td {left}>{escape(o)}</td>' for o in r) + '</tr>' for r in self._rows())
         return (f'<table><tr>{head}</tr>{rows}</table>' if rows else '') + escape(self._summary())
 
-# %% ../nbs/01b_check.ipynb #11a5a168
+# %% ../nbs/01b_check.ipynb #8b856471
 def _failed(case, error): # what nobody has foreseen must still say where it happened
     return Checked(case.id, [Problem(case.id, case.images[0], 'error', 'failed', f'{type(error).__name__}: {error}', 'look at this file')], '', frozenset(), ())
 

@@ -16,6 +16,7 @@ from .plan import *
 from .change import *
 from .preprocess import *
 from .preprocess import _sources
+from .splits import *
 from .train import *
 from .predict import *
 from .foresee import *
@@ -134,13 +135,15 @@ def cross_validate(
     steps=None, # budget in steps of each training; the paper's schedule if neither is given
     seed=0,
     device=None,
+    patients=None, # whose cases stay together, as for `read_patients`
+    own=None, # folds of your own, as for `read_splits`
 ):
     "Train and score every model on every fold; returns a list of dicts: model, fold, dice, classes, seconds"
     work = Path(work)
     names = [c.name for c in _chosen(Plan.load(work/'plan.json'), models)]
-    n = len(work_splits(work, [c.id for c in dataset], seed=seed))
-    folds = range(n) if folds is None else list(dict.fromkeys(folds))
-    if wrong := [k for k in folds if not 0 <= k < n]: raise DataError(f'There is no fold {wrong[0]}: the splits have folds 0 to {n - 1}.')
+    splits = work_splits(work, [c.id for c in dataset], seed=seed, patients=patients, own=own)
+    folds = range(len(splits)) if folds is None else list(dict.fromkeys(folds))
+    for k in folds: check_fold(splits, k)
     share, rows = minutes and minutes / (len(names) * len(folds)), []
     for name in names:
         for fold in folds:
@@ -173,16 +176,20 @@ def run(
     seed=0,
     device=None,
     workers=None, # processes
+    patients=None, # whose cases stay together, as for `read_patients`
+    own=None, # folds of your own, as for `read_splits`
 ):
     "From a folder of scans and masks to trained and scored models; returns the scores"
     dataset, work = data if isinstance(data, Dataset) else scan(data), Path(work)
     print(dataset)
     if len(dataset) < 2: raise DataError(f'{dataset.root} holds {len(dataset)} case: at least 2 are needed, one to train on and one to judge by.')
-    device = find_device(device)
+    device, ids = find_device(device), [c.id for c in dataset]
+    if patients is not None: read_patients(patients, ids) # a mistake in them shows before the hours of work
+    if own is not None: read_splits(own, ids)
     plan = prepare(dataset, work, models, hardware, workers)
     print(plan)
     _announce(work, plan, [c.name for c in _chosen(plan, models)], workers, device)
-    rows = cross_validate(work, dataset, models, folds, minutes, steps, seed, device)
+    rows = cross_validate(work, dataset, models, folds, minutes, steps, seed, device, patients, own)
     for r in rows:
         folder = work/'models'/r['model']/f'fold_{r["fold"]}'
         for which in ('worst', 'median'): _save_figure(show_validation(work, dataset, r['model'], r['fold'], which), folder/f'{which}.png')
