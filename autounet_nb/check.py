@@ -26,6 +26,7 @@ class Problem:
     kind: str # one word to sort and count by
     message: str # what is wrong, with the values
     fix: str # what to do
+    other: str = '' # id of the second case, where it takes two
 
 # %% ../nbs/01b_check.ipynb #cd83e8f8
 class _Seen(NamedTuple):
@@ -123,12 +124,23 @@ class Checked(NamedTuple):
     values: frozenset # of the mask
     like_ct: tuple # per channel
     maybe_ct: tuple = () # per channel
+    thumbnail: np.ndarray|None = None # of the first channel; None where there is nothing to compare
 
 def _digest(images):
     if any(x.min() == x.max() for _, x, _ in images): return '' # all blank images are alike
     h = blake2b(digest_size=16)
     for _, x, _ in images: h.update(str(x.shape).encode()); h.update(np.ascontiguousarray(x))
     return h.hexdigest() if images else ''
+
+def _means(n, m): # voxels along the axis before and after
+    "Matrix (m, n) that takes the mean over `m` equal stretches of an axis"
+    ends, at = np.linspace(0, n, m + 1), np.arange(n)
+    return ((np.minimum(ends[1:, None], at + 1) - np.maximum(ends[:-1, None], at)).clip(0)*m/n).astype(np.float32)
+
+def _thumbnail(x, m=8):
+    "A channel (z,y,x) as `m`×`m`×`m` means, whatever its size, unit or offset; None for a constant one"
+    for n in x.shape: x = np.tensordot(x, _means(n, m), (0, 1)) # the first axis becomes the last, three times
+    return (x - x.mean())/x.std() if x.std() > 1e-6*abs(x).max() else None
 
 def _like_ct(x): # Hounsfield units: whole numbers, with air near -1000 and bone far above water
     return bool(-3100 < x.min() <= -500 and x.max() >= 150 and (x.ravel()[::97] % 1 == 0).all())
@@ -149,7 +161,7 @@ def check_case(
         if kind not in {p.kind for p in problems}: problems.append(Problem(case.id, path, severity, kind, message, fix))
     values = frozenset(np.unique(seen.mask[1]).tolist()) if seen.mask else frozenset()
     channels = [c for _, x, _ in seen.images for c in x]
-    return Checked(case.id, problems, _digest(seen.images), values, tuple(map(_like_ct, channels)), tuple(map(_maybe_ct, channels)))
+    return Checked(case.id, problems, _digest(seen.images), values, tuple(map(_like_ct, channels)), tuple(map(_maybe_ct, channels)), _thumbnail(channels[0]) if channels else None)
 
 # %% ../nbs/01b_check.ipynb #b1622702
 def _incomplete(dataset):
@@ -165,7 +177,21 @@ def _twins(checked, dataset):
     first = {}
     for c in checked:
         if c.digest and (other := first.setdefault(c.digest, c.id)) != c.id:
-            yield Problem(c.id, dataset[c.id].images[0], 'warning', 'twice', f'its voxels are the same as those of case {other}', 'keep one of them, or cross-validation will be too optimistic')
+            yield Problem(c.id, dataset[c.id].images[0], 'warning', 'twice', f'its voxels are the same as those of case {other}', 'keep one of them, or cross-validation will be too optimistic', other)
+
+# %% ../nbs/01b_check.ipynb #6147a68e
+_ALIKE = .5 # of the distance to the third nearest; copies had at most .42 in the data tried, different patients at least .6
+
+def _alike(checked, dataset):
+    "Scans so near to each other that they may be of one patient"
+    seen = [c for c in checked if c.thumbnail is not None]
+    if len(seen) < 6: return
+    far = np.sqrt((2 - 2*np.corrcoef([c.thumbnail.ravel() for c in seen])).clip(0))
+    np.fill_diagonal(far, np.inf)
+    limit = _ALIKE*np.sort(far, 1)[:, 2]
+    for i, j in np.argwhere(np.triu(far < np.minimum(limit, limit[:, None]))):
+        a, b = seen[i], seen[j]
+        if a.digest != b.digest: yield Problem(b.id, dataset[b.id].images[0], 'warning', 'alike', f'looks almost the same as case {a.id}', 'keep both on one side of every fold if they are of one patient (autounet run --patients), or cross-validation will be too optimistic', a.id)
 
 # %% ../nbs/01b_check.ipynb #b481db80
 def _odd_values(checked, dataset):
@@ -252,5 +278,5 @@ def check(
     found = pmap(partial(check_case, dataset=facts), dataset, workers, 'checking')
     checked = sorted(_failed(c, r) if isinstance(r, Exception) else r for c, r in found)
     problems = [p for c in checked for p in c.problems] + [*_incomplete(dataset)]
-    for rule in (_twins, _odd_values, _taken, _unnamed_ct, _misnamed_ct): problems += rule(checked, dataset)
+    for rule in (_twins, _alike, _odd_values, _taken, _unnamed_ct, _misnamed_ct): problems += rule(checked, dataset)
     return Report(dataset, tuple(sorted(problems, key=lambda p: (p.severity, p.case, p.kind))))

@@ -121,7 +121,7 @@ def train_command(a):
 def run_command(a):
     "Everything, from a folder of scans and masks to trained and scored models; run again to go on"
     from autounet_nb.crossval import run
-    run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers)
+    run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers, patients=a.patients, own=a.splits)
 
 def predict_command(a):
     "Segment new scans with a trained model; the results lie on the scans' own grids"
@@ -160,6 +160,8 @@ def _parser():
         if name == 'run':
             p.add_argument('--models', type=_names, metavar='NAMES', help='which models, e.g. 2d,3d (default: both)')
             p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds of the cross-validation, e.g. 0 or 0,1,2 (default: all)')
+            p.add_argument('--patients', metavar='P', help='keep the cases of a patient together: a pattern of the case names such as {patient}_{visit}, or a CSV file with the columns case and patient')
+            p.add_argument('--splits', metavar='FILE', help='folds of your own: a JSON file with a list of {"train": [...], "valid": [...]}, such as splits_final.json of nnU-Net')
             p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
             _budget_options(p)
     p = add('plan', plan_command, ('FINGERPRINT', 'fingerprint.json, or a work folder that has one'))

@@ -157,6 +157,20 @@ def test_same_scan_in_another_format(broken, healthy):
         for f in ('images', 'labels'): sitk.WriteImage(sitk.ReadImage(str(r/f'{f}/{A}.nii.gz')), str(r/f'{f}/other.mha'))
     assert broken('pairs', again) == [(A, 'twice', 'warning')]
 
+@pytest.mark.parametrize('modality', ['MRI', 'CT'])
+def test_a_scan_that_was_resampled_and_rescaled(tmp_path, modality):
+    data = make_phantoms(tmp_path/'scans', n=7, layout='pairs', modality=modality)
+    assert [p for p in check(data, workers=1).problems if p.kind == 'alike'] == []
+    im = sitk.ReadImage(data[2].images[0])
+    size = [round(n*.75) for n in im.GetSize()]
+    spacing = [s*n/m for s, n, m in zip(im.GetSpacing(), im.GetSize(), size)]
+    origin = [o + (b - a)/2 for o, a, b in zip(im.GetOrigin(), im.GetSpacing(), spacing)]
+    coarse = sitk.Resample(im, size, sitk.Transform(), sitk.sitkLinear, origin, spacing, im.GetDirection())
+    sitk.WriteImage(sitk.Cast(coarse, sitk.sitkFloat32)*.5 + 3, data[6].images[0])
+    sitk.WriteImage(sitk.Cast(coarse*0, sitk.sitkUInt8), data[6].label)
+    p, = [p for p in check(data, workers=1).problems if p.kind == 'alike']
+    assert (p.case, p.other, p.severity) == (data[6].id, data[2].id, 'warning') and '--patients' in p.fix
+
 def test_blank_images_are_no_twins(broken):
     found = broken('pairs', lambda r: [edit(p, lambda a: np.zeros((8, 20, 18), a.dtype), Spacing=lambda v: v*0 + 1, Origin=lambda v: v*0) for p in (r/'images').iterdir()])
     assert 'twice' not in [kind for _, kind, _ in found]
@@ -175,7 +189,7 @@ def test_everything_at_once(healthy, tmp_path):
     assert before() == files # nothing is changed
     assert [(p.case, p.kind) for p in report.problems] == [(A, 'unlisted'), (A, 'unreadable'), ('phantom_003', 'empty')] # a broken image does not hide its mask
     d = json.loads(json.dumps(report.to_json()))
-    assert not d['ok'] and set(d['problems'][0]) == {'case', 'file', 'severity', 'kind', 'message', 'fix'}
+    assert not d['ok'] and set(d['problems'][0]) == {'case', 'file', 'severity', 'kind', 'message', 'fix', 'other'}
     for p in report.problems:
         assert p.file.startswith(str(tmp_path)) and p.fix and p.message
         assert p.case in report.table() and p.message in report.table() and p.fix in report.table() and p.kind in report._repr_html_()

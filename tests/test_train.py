@@ -1,4 +1,4 @@
-"Training: folds, schedules, patches, and a process that is killed and goes on."
+"Training: schedules, patches, and a process that is killed and goes on."
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -9,7 +9,7 @@ from autounet_nb.patches import PatchDataset, forced_foreground, patch_start, re
 from autounet_nb.phantom import make_phantoms
 from autounet_nb.plan import make_plan
 from autounet_nb.preprocess import preprocess
-from autounet_nb.train import Budget, PaperSchedule, kfold_splits, load_model, load_tensors, one_cycle, save_tensors, train_fold
+from autounet_nb.train import Budget, PaperSchedule, load_model, load_tensors, one_cycle, save_tensors, train_fold
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
@@ -19,14 +19,6 @@ def prepared(tmp_path_factory):
     plan = make_plan(extract_fingerprint(data, root/'work', workers=1), 'cpu')
     plan.save(root/'work'/'plan.json')
     return root/'work', plan, preprocess(data, plan, root/'work', workers=1)
-
-@given(st.integers(2, 60), st.integers(2, 6), st.integers(0, 5))
-def test_every_case_is_held_out_once(n, k, seed):
-    ids = [f'c{i}' for i in range(n)]
-    folds = kfold_splits(ids, k, seed)
-    assert len(folds) == min(k, n) and sorted(i for f in folds for i in f['valid']) == sorted(ids)
-    assert all(not set(f['train']) & set(f['valid']) and len(f['train']) + len(f['valid']) == n for f in folds)
-    assert folds == kfold_splits(ids[::-1], k, seed)
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=3), st.integers(0, 999), st.data())
 def test_patches_lie_where_they_may(sizes, seed, data):
