@@ -5,6 +5,9 @@ from .check import *
 from .fingerprint import *
 from .rules import *
 from .memory import *
+from .config import *
+from .settings import *
+from .design import *
 from .plan import *
 from .change import *
 from .look import *
