@@ -94,12 +94,13 @@ def _draft(brief, step, largest):
         patch=patch.size, batch=batch, pools=p.pools, strides=p.strides, kernels=p.kernels, features=_choose_features(brief, len(p.strides)),
         dice=e.get('dice', brief.dice), in_channels=brief.in_channels, classes=len(f.labels)), patch
 
-# %% ../nbs/02f_design.ipynb #2772cbc5
+# %% ../nbs/02f_design.ipynb #df8b968e
 class _TooLarge(DataError):
     "What was set by hand does not fit the hardware"
     def __init__(self, brief, config, need):
         what = f'patch {shape_text(config.patch)}, batch {config.batch} and {config.features[0]} feature maps'
-        super().__init__(f'{brief.name} needs {bytes_text(need)} in a training step with {what}, and the hardware has {bytes_text(brief.hardware.memory)}')
+        super().__init__(f'{brief.name} needs {bytes_text(need)} in a training step with {what}, '
+                         f'and the hardware has {bytes_text(brief.hardware.memory)}')
 
 def _fit(brief):
     "A model's configuration that fits the hardware, its `Patch`, and in words what did not fit"
@@ -144,7 +145,7 @@ def _nearest(brief, briefs):
         if v: ways.append(f'{brief.key(f)}={",".join(map(str, v)) if isinstance(v, list) else v}')
     return 'the nearest that fits is ' + ' or '.join(ways) if ways else 'plan for hardware with more memory, such as --hardware 16GB'
 
-# %% ../nbs/02f_design.ipynb #bd924ad3
+# %% ../nbs/02f_design.ipynb #600997f6
 def reason(
     rule, # that decided, by its place in the paper; or 'set by hand'
     because, # in words
@@ -171,18 +172,20 @@ def _why_batch(brief, c, dropped):
     voxels, n, step = math.prod(c.patch), brief.facts.n, f'one step of {brief.step:,} voxels'
     share, fits = MAX_SHARE * n * math.prod(c.median_shape) / voxels, brief.step // voxels
     numbers, of_data = dict(fits=fits, five_percent=share, cases=n), f'{share:.1f} are {MAX_SHARE:.0%} of the dataset'
-    if 'batch' in brief.edits: return reason('set by hand', f'asked for {brief.edits["batch"]}; {fits} would fit into {step}, and {of_data}', **numbers)
+    if 'batch' in brief.edits:
+        return reason('set by hand', f'asked for {brief.edits["batch"]}; {fits} would fit into {step}, and {of_data}', **numbers)
     memory = '; then memory was looked at, see what was dropped' if dropped else ''
     return reason('Method, Dynamic adaptation, 5', f'{fits} patches fit into {step} and {of_data}; '
                   f'the smaller one counts, but at least {MIN_BATCH}{memory}', dropped, **numbers)
 
-# %% ../nbs/02f_design.ipynb #edfd79e9
+# %% ../nbs/02f_design.ipynb #576c8dd4
 def _why_pools(brief, c):
     "Why pools and kernels"
     by_hand = 'pools' in brief.edits
     most = f'{shape_text(brief.edits["pools"])} times, as was set by hand' if by_hand else f'{MAX_POOLS[c.dim]} times'
     pools = f'an axis is halved while it has {MIN_SIZE} voxels or more, at most {most}, and once its spacing is less than twice the finest'
-    coarse = f'at the top the kernel is {shape_text(c.kernels[0])}: an axis twice as coarse as the finest, or more, waits until the others have been pooled'
+    coarse = (f'at the top the kernel is {shape_text(c.kernels[0])}: '
+              'an axis twice as coarse as the finest, or more, waits until the others have been pooled')
     kernels = 'all axes are convolved from the top level on' if all(k == 3 for k in c.kernels[0]) else coarse
     rule = 'set by hand' if by_hand else 'Method, Dynamic adaptation, 4'
     return dict(pools=reason(rule, pools, spacing=list(c.spacing), median_shape=list(c.median_shape)),

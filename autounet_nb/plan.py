@@ -82,7 +82,7 @@ def _plan_problem(d): # its fields, each of its form
         model, _, name = k.rpartition('.')
         if not (k in _OF_PLAN or model in d['models'] and name in CONFIG_FORM): return f'reasons has {shown(k)}, which names no value of the plan'
 
-# %% ../nbs/03_plan.ipynb #93821836
+# %% ../nbs/03_plan.ipynb #6276c9a7
 def _mark(d): return blake2b(json.dumps(d, sort_keys=True).encode(), digest_size=8).hexdigest() # of a plan as JSON
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Plan:
         missing = [n for n in names if n not in d and n not in ('reasons', 'edits')] if isinstance(d, dict) else ['everything']
         if missing: raise DataError(f'{source} is not a plan: it lacks {", ".join(missing)}. Make one with `autounet plan`.')
         if d['version'] != PLAN_VERSION:
-            raise DataError(f'{source} has version {shown(d["version"])}, this package reads version {PLAN_VERSION}: make it again with `autounet plan`.')
+            raise DataError(f'{source} has version {shown(d["version"])}, this package reads version {PLAN_VERSION}: '
+                            'make it again with `autounet plan`.')
         d = dict(reasons={}, edits={}) | {n: d[n] for n in names if n in d}
         if not (why := flaw(d, _PLAN)):
             try:
@@ -177,7 +178,7 @@ def _repr_markdown_(self:Plan):
     return (f'**Plan for {safe(self.name)}** on {safe(self.hardware)}\n\n{table}\n\n{_edited(self.edits)}\n\n'
             f'<details><summary>why</summary>\n\n{why}\n\n</details>')
 
-# %% ../nbs/03_plan.ipynb #bc4efee9
+# %% ../nbs/03_plan.ipynb #9d7a99b0
 def _normalizations(facts, edits):
     "Per channel, how it is normalised"
     if 'normalization' not in edits: return [channel_normalization(m, s, facts.size_ratio) for m, s in zip(facts.modalities, facts.intensities)]
@@ -207,8 +208,8 @@ def _why_normalization(facts, schemes, edits):
 def _why_cascade(facts, largest, edits):
     forced, shape = edits.get('cascade'), facts.median_shape
     size = f'{math.prod(shape):,} voxels, {"more" if needs_cascade(shape, largest) else "not more"} than {CASCADE_RATIO} × {largest:,}'
-    return reason('set by hand' if forced else 'Preprocessing, Resampling', (f'asked for: {forced}; ' if forced else '') + f'the median case has {size}',
-                  median_shape=list(shape))
+    rule, asked = ('set by hand', f'asked for: {forced}; ') if forced else ('Preprocessing, Resampling', '')
+    return reason(rule, f'{asked}the median case has {size}', median_shape=list(shape))
 
 # %% ../nbs/03_plan.ipynb #8534c0a4
 def _round_up(v): return r if (r := round(v, 3)) >= v else round(r + .001, 3)
