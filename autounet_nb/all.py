@@ -12,6 +12,7 @@ from .plan import *
 from .change import *
 from .look import *
 from .explore import *
+from .choices import *
 from .explorer import *
 from .resample import *
 from .preprocess import *
