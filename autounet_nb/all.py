@@ -5,10 +5,14 @@ from .check import *
 from .fingerprint import *
 from .rules import *
 from .memory import *
+from .config import *
+from .settings import *
+from .design import *
 from .plan import *
 from .change import *
 from .look import *
 from .explore import *
+from .choices import *
 from .explorer import *
 from .resample import *
 from .preprocess import *

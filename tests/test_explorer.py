@@ -1,5 +1,6 @@
 "The plan explorer: its state without a browser, the page in a real one, and what the page refuses."
 import asyncio, json, os, shutil, signal, socket, subprocess, sys, uuid
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,12 +11,14 @@ from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 import autounet_nb.plan
 from autounet_nb.data import DataError
-from autounet_nb.explorer import Choices, PlanExplorer
+from autounet_nb.choices import Choices
+from autounet_nb.explorer import PlanExplorer
 from autounet_nb.plan import Plan, make_plan, sketch_fingerprint
 
 def abdomen(): return sketch_fingerprint((96, 320, 280), (2.5, .8, .8), n=120, modalities=('T1', 'T2'), classes=2, name='Abdomen')
 
 changes = st.one_of(st.tuples(st.sampled_from(['2d.batch', '3d.batch', '3d_lowres.batch', '3d.features', 'cases', '3d.pools']), st.integers(-1, 300)),
+    st.tuples(st.just('3d_lowres.spacing'), st.lists(st.floats(0, 20), min_size=3, max_size=3)),
     st.tuples(st.just('3d.patch'), st.lists(st.integers(0, 400), min_size=3, max_size=3)), st.tuples(st.just('spacing'), st.lists(st.floats(0, 20), min_size=3, max_size=3)),
     st.tuples(st.just('cascade'), st.sampled_from(['yes', 'no', 'perhaps'])), st.tuples(st.just('hardware'), st.sampled_from(['cpu', 'gpu-12gb', '8GB', '0GB', 'abacus'])), st.tuples(st.just('clear'), st.just(None)))
 
@@ -33,8 +36,49 @@ def test_choices_are_what_make_plan_gives_or_one_sentence(steps):
         try: expected = make_plan(fp, hardware, edits)
         except DataError as e: assert c.problem == str(e) and c.plan == before
         else: assert (c.problem, c.plan, c.automatic) == ('', expected, make_plan(fp, hardware))
+    later = Choices(abdomen(), c.hardware if not c.problem else 'cpu', c.edits) # opened with the same edits
+    if not c.problem: assert (later.plan, later.automatic, later.problem) == (c.plan, c.automatic, '')
+    else: assert later.plan == make_plan(fp, 'cpu', c.edits) if not later.problem else later.plan == later.automatic == make_plan(fp, 'cpu')
     c.reset()
     assert (c.plan, c.edits, c.problem) == (make_plan(c.fingerprint, 'gpu-12gb'), {}, '')
+
+def test_going_on_from_a_saved_plan(tmp_path):
+    "Edits and hardware are those of the plan beside the fingerprint; reset makes everything automatic; other plans are no start"
+    abdomen().save(tmp_path/'fingerprint.json')
+    assert PlanExplorer(tmp_path, 'cpu').edits == {} and not (tmp_path/'plan.json').exists()
+    saved = make_plan(abdomen(), '11GB', {'3d.patch': [30, 100, 100], '3d_lowres.spacing': [5, 4, 4], 'cases': 40, 'normalization': ['ct', 'nonzero'], '3d.features': [8, 16, 32, 64, 128]})
+    saved.save(tmp_path/'plan.json')
+    for source in (tmp_path, tmp_path/'fingerprint.json', str(tmp_path)):
+        e = PlanExplorer(source)
+        assert e.plan == saved and e.edits == saved.edits and e.choices.automatic == make_plan(abdomen(), '11GB')
+        shown = {k: (f.value, f.auto.value) for k, f in e.fields.items()}
+        assert shown['3d.patch'] == ([30, 100, 100], False) and shown['3d_lowres.spacing'] == ([5, 4, 4], False) and shown['cases'] == (40, False) and shown['2d.batch'][1]
+        assert (e.hardware.value, e.memory.value) == ('memory in GB', 11) and '<b>nothing</b>' in e.redo.value
+    e.reset()
+    assert (e.plan, e.edits) == (make_plan(abdomen(), '11GB'), {}) and all(f.auto.value for f in e.fields.values())
+    assert PlanExplorer(tmp_path, 'gpu-12gb').plan == make_plan(abdomen(), 'gpu-12gb', saved.edits)
+    assert PlanExplorer(tmp_path, 'cpu', tmp_path/'other.json').edits == {}
+    no_room = PlanExplorer(tmp_path, '1GB')
+    assert no_room.plan == make_plan(abdomen(), '1GB') and no_room.edits == saved.edits and no_room.choices.problem in no_room.message.value
+    for other in (sketch_fingerprint((96, 320, 280), name='Abdomen'), sketch_fingerprint((9, 99, 99), modalities=('T1', 'T2'), classes=2, name='Elsewhere')):
+        other.save(tmp_path/'fingerprint.json')
+        assert PlanExplorer(tmp_path, 'cpu').edits == {}
+    (tmp_path/'plan.json').write_text('{}')
+    assert PlanExplorer(tmp_path, 'cpu').edits == {}
+
+def test_the_first_stage_has_a_spacing_of_its_own():
+    e = PlanExplorer(abdomen(), 'gpu-12gb')
+    field = e.fields['3d_lowres.spacing']
+    assert field.row not in e.model_fields.children and field.value == list(e.plan.models['3d_lowres'].spacing)
+    e.model.value = '3d_lowres'
+    assert e.model_fields.children[0] is field.row
+    field.inputs[0].value = 7.5
+    assert e.edits == {'3d_lowres.spacing': [7.5, *make_plan(abdomen(), 'gpu-12gb').models['3d_lowres'].spacing[1:]]} and e.plan.models['3d_lowres'].spacing[0] == 7.5
+    assert '7.5×' in e.table.value and '(by hand)' in e.table.value and e.plan.models['3d'] == make_plan(abdomen(), 'gpu-12gb').models['3d']
+    field.inputs[1].value = .1
+    assert 'cannot be finer than the second, the nearest is 7.5,0.8,' in e.message.value
+    field.auto.value = True
+    assert e.plan == make_plan(abdomen(), 'gpu-12gb') and '3d_lowres.spacing' not in PlanExplorer(sketch_fingerprint((1, 99, 99)), 'cpu').fields
 
 def test_a_change_plans_once(monkeypatch):
     "Structure, not time: one plan per change, however many controls follow it"
@@ -66,16 +110,20 @@ def test_names_from_elsewhere_are_text():
     explorer.explain()
     assert not [v for v in (explorer.title, explorer.message, explorer.table, explorer.why, explorer.redo, explorer.costs) if '<img' in v.value]
 
-@pytest.fixture
-def page(tmp_path):
+@contextmanager
+def served(tmp_path, *words):
     "`autounet explore` on a generated fingerprint: the process, its address, the folder"
     abdomen().save(tmp_path/'fingerprint.json'); (tmp_path/'private').mkdir()
-    words = [str(Path(sys.executable).with_name('autounet')), 'explore', str(tmp_path/'fingerprint.json'), '--hardware', 'gpu-12gb', '--no-browser']
+    words = [str(Path(sys.executable).with_name('autounet')), 'explore', *map(str, words), '--no-browser']
     p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8', cwd=tmp_path, env=os.environ | dict(TMPDIR=str(tmp_path/'private')))
     first = [p.stdout.readline().strip() for _ in range(2)]
     if not first[1].startswith('http://127.0.0.1:'): pytest.fail(f'{first} {p.communicate()}')
     yield p, first[1], tmp_path
     if p.poll() is None: p.terminate(); p.communicate(timeout=60)
+
+@pytest.fixture
+def page(tmp_path):
+    with served(tmp_path, tmp_path/'fingerprint.json', '--hardware', 'gpu-12gb') as it: yield it
 
 def ask(url, path, method='GET', token=None, host=None, cookie=None):
     "Status and body of one request"
@@ -177,13 +225,13 @@ def test_without_voila_it_says_what_to_install(tmp_path, one_line):
 
 BROWSERS = 'chromium', 'chromium-browser', 'google-chrome'
 
-def test_the_page_in_a_browser(page, tmp_path):
-    "A control is moved by keyboard, the page shows what follows, and the saved file is the plan of that edit"
+@contextmanager
+def browsed(url):
+    "The page in a browser, which may say no errors and ask nothing of other servers"
+    errors, foreign = [], []
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not path: pytest.skip(f'there is no browser to test the page with: none of {", ".join(BROWSERS)} is installed')
-    from playwright.sync_api import expect, sync_playwright
-    p, url, folder = page
-    errors, foreign = [], []
+    from playwright.sync_api import sync_playwright
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, args=['--no-sandbox', '--disable-background-networking'])
         tab = browser.new_page(viewport=dict(width=1280, height=1100))
@@ -191,6 +239,41 @@ def test_the_page_in_a_browser(page, tmp_path):
         tab.on('pageerror', lambda e: errors.append(str(e)))
         tab.on('response', lambda r: urlsplit(r.url).hostname not in ('127.0.0.1', None) and foreign.append(r.url))
         tab.goto(url)
+        yield tab
+        browser.close()
+    assert foreign == []
+    assert [e for e in errors if 'https://cdn.jsdelivr.net/' not in e] == [] # Voilà's own template asks there for fonts, and may not have them
+
+def test_a_saved_plan_is_gone_on_from_in_a_browser(tmp_path):
+    "The work folder's plan has a spacing of the first stage set by hand: it is shown, changed, saved; reset makes it automatic"
+    saved = make_plan(abdomen(), '11GB', {'3d_lowres.spacing': [5, 4, 4], '2d.batch': 7})
+    saved.save(tmp_path/'plan.json')
+    with served(tmp_path, tmp_path) as (p, url, folder), browsed(url) as tab:
+        from playwright.sync_api import expect
+        first = tab.get_by_role('button', name='3d_lowres', exact=True)
+        expect(first).to_be_visible(timeout=60_000)
+        expect(tab.get_by_label('batch').locator('visible=true')).to_have_value('7')
+        first.click()
+        axes = [tab.get_by_label(a, exact=True).locator('visible=true').nth(1) for a in 'zyx'] # the first are those of the data's spacing
+        for axis, mm in zip(axes, '544'): expect(axis).to_have_value(mm)
+        expect(tab.get_by_text('5×4×4 (by hand)')).to_be_visible()
+        expect(tab.get_by_text('to do again')).to_contain_text('nothing')
+        axes[0].fill('6'); tab.keyboard.press('Enter')
+        expect(tab.get_by_text('6×4×4 (by hand)')).to_be_visible()
+        tab.screenshot(path=tmp_path/'first_stage.png', full_page=True)
+        tab.get_by_role('button', name='Save plan').click(); tab.get_by_role('button', name='Replace plan').click()
+        expect(tab.get_by_text('Saved as')).to_contain_text(str(tmp_path/'plan.json'))
+        assert Plan.load(tmp_path/'plan.json') == make_plan(abdomen(), '11GB', {'3d_lowres.spacing': [6, 4, 4], '2d.batch': 7})
+        tab.get_by_role('button', name='Reset').click()
+        for axis, mm in zip(axes, make_plan(abdomen(), '11GB').models['3d_lowres'].spacing): expect(axis).to_have_value(f'{mm:g}')
+        expect(tab.get_by_text('(by hand)')).to_have_count(0)
+    closed(p, tmp_path)
+
+def test_the_page_in_a_browser(page, tmp_path):
+    "A control is moved by keyboard, the page shows what follows, and the saved file is the plan of that edit"
+    p, url, folder = page
+    with browsed(url) as tab:
+        from playwright.sync_api import expect
         save = tab.get_by_role('button', name='Save plan')
         expect(save).to_be_visible(timeout=60_000)
         tab.get_by_role('button', name='3d', exact=True).click()
@@ -219,8 +302,4 @@ def test_the_page_in_a_browser(page, tmp_path):
         expect(tab.get_by_role('button', name='Replace plan')).to_be_visible()
         assert Plan.load(folder/'plan.json') == plan
         tab.screenshot(path=tmp_path/'replace.png', full_page=True)
-        browser.close()
-    assert foreign == []
-    mine = [e for e in errors if 'https://cdn.jsdelivr.net/' not in e] # Voilà's own template asks there for fonts, and may not have them
-    assert mine == []
     closed(p, folder)
