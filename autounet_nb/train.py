@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'Checkpoint', 'ChannelsLast', 'get_learner', 'fit_learner', 'find_device',
-           'prepared_cases', 'data_key', 'train_fold', 'load_model']
+           'prepared_cases', 'data_key', 'finished_training', 'train_fold', 'load_model']
 
 # %% ../nbs/11_train.ipynb #090c683c
 from functools import partial
@@ -179,7 +179,7 @@ def _finish(folder, learn, config, recipe, finished):
         steps=learn.journal.step, seconds=round(learn.journal.seconds, 1), last=(learn.journal.history or [None])[-1], torch=torch.__version__))
     if finished: (folder/'checkpoint.safetensors').unlink(missing_ok=True)
 
-def _finished(folder):
+def finished_training(folder):
     "What model.json says of a training that came to its end, or None"
     path = folder/'model.json'
     d = read_json(path) if path.exists() and (folder/'weights.safetensors').exists() else None
@@ -211,7 +211,7 @@ def train_fold(
     train, valid = (prepared_cases(work, config, split[k]) for k in ('train', 'valid'))
     recipe = json.loads(json.dumps(dict(config=config.__dict__, split=split, data=data_key(train + valid), reading=plan.reading, minutes=minutes, steps=steps, seed=seed,
                                         own=[str(o) for o in (net, loss) if o is not None])))
-    if before := _finished(folder):
+    if before := finished_training(folder):
         if before.get('recipe') == recipe: return folder
         print(f'Training {model}, fold {fold} again: what changed is {_differing(before.get("recipe") or {}, recipe)}. The finished one stays until this is done.')
     schedule = Budget(steps=steps, minutes=minutes) if steps is not None or minutes is not None else PaperSchedule()
