@@ -22,5 +22,6 @@ from .windows import *
 from .restore import *
 from .predict import *
 from .foresee import *
+from .metrics import *
 from .evaluate import *
 from .crossval import *

@@ -156,7 +156,7 @@ def surface_dice(
     if not 0 <= tolerance < np.inf: raise DataError(f'the tolerance is {tolerance}; it must be a number of millimetres from 0 upwards')
     return _surface_dice(*surface_distances(a, b, spacing), tolerance)
 
-# %% ../nbs/12c_metrics.ipynb #d4d356b5
+# %% ../nbs/12c_metrics.ipynb #2885fbad
 METRICS = ('dice', 'jaccard', 'sensitivity', 'precision', 'volume_difference', 'hd95', 'surface_dice')
 
 def _boxes(m):
@@ -179,7 +179,7 @@ def case_metrics(
     prediction, # whole numbers (z,y,x)
     label, # the same
     spacing, # mm, (z,y,x)
-    names, # name → value of the classes
+    names=None, # name → value of the classes; None: every value that is found, called by itself
     tolerance=TOLERANCE, # of the surface Dice, mm
     surface=True, # measure distances, too; they take most of the time
 ) -> dict: # class → {metric: number or None}
@@ -188,6 +188,7 @@ def case_metrics(
     shape, spacing = _thick(prediction.shape, spacing)
     prediction, label = prediction.reshape(shape), label.reshape(shape)
     found, res = [_boxes(m) for m in (prediction, label)], {}
+    if names is None: names = {v: v for v in sorted(set(found[0]) | set(found[1]))}
     for name, v in names.items():
         if v == 0: continue
         box = _joined([f[v] for f in found if v in f], len(shape))
