@@ -173,7 +173,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'autounet_nb.crossval._files_key': ('crossval.html#_files_key', 'autounet_nb/crossval.py'),
                                       'autounet_nb.crossval._planned': ('crossval.html#_planned', 'autounet_nb/crossval.py'),
                                       'autounet_nb.crossval._save_figure': ('crossval.html#_save_figure', 'autounet_nb/crossval.py'),
-                                      'autounet_nb.crossval._scores': ('crossval.html#_scores', 'autounet_nb/crossval.py'),
                                       'autounet_nb.crossval._suffix_of': ('crossval.html#_suffix_of', 'autounet_nb/crossval.py'),
                                       'autounet_nb.crossval.cross_validate': ('crossval.html#cross_validate', 'autounet_nb/crossval.py'),
                                       'autounet_nb.crossval.demo': ('crossval.html#demo', 'autounet_nb/crossval.py'),

@@ -82,7 +82,7 @@ def _chosen(plan, models):
         if m not in SINGLE: raise DataError(f'Model {m} is planned, but training a cascade is not part of this version: choose from {", ".join(SINGLE)}.')
     return [c for n, c in plan.models.items() if n in (models or SINGLE)]
 
-# %% ../nbs/14_crossval.ipynb #1da774ba
+# %% ../nbs/14_crossval.ipynb #64681dee
 def validate_fold(
     work, # work folder
     dataset, # the Dataset, with masks
@@ -91,7 +91,7 @@ def validate_fold(
     device=None,
     tta=True, # average over mirror images, for networks that were trained with them
 ):
-    "Segment and score the cases that this fold did not train on; returns the scores, kept in `validation/scores.json`"
+    "Segment and score the cases that this fold did not train on; returns the scores, kept in `validation/scores.json`, and as a table in `scores.csv`"
     folder = Path(work)/'models'/model/f'fold_{fold}'
     cases = [dataset[i] for i in read_json(Path(work)/'splits.json')[fold]['valid']]
     out, key = folder/'validation', json.loads(json.dumps([(folder/'weights.safetensors').stat().st_mtime_ns, tta, [_sources(c) for c in cases]]))
@@ -100,6 +100,7 @@ def validate_fold(
         if out.exists(): shutil.rmtree(out) # what another network said, or about other scans
         predict(work, cases, out, model=model, folds=[fold], tta=tta, device=device, suffix=_suffix_of(cases))
         scores = evaluate(out, cases, names=Plan.load(Path(work)/'plan.json').labels)
+        scores.save_csv(out/'scores.csv')
         write_json(done, dict(key=key, **scores.to_json()))
     return read_json(done)
 
@@ -107,11 +108,7 @@ def _suffix_of(cases):
     "Pictures are written as PNG, everything else as compressed NIfTI"
     return '.png' if all(str(f).lower().endswith(('.png', '.jpg', '.jpeg', '.bmp')) for c in cases for f in c.images) else '.nii.gz'
 
-# %% ../nbs/14_crossval.ipynb #e700872d
-def _scores(d):
-    "Scores from their JSON form"
-    return Scores({c['id']: {k: v['dice'] for k, v in c.items() if k != 'id'} for c in d['cases']}, tuple(d.get('warnings', ())))
-
+# %% ../nbs/14_crossval.ipynb #d3d08e70
 def show_validation(
     work, # work folder
     dataset, # the Dataset, with masks
@@ -121,8 +118,7 @@ def show_validation(
 ):
     "A figure of one held-out case with its true and its predicted mask"
     out = Path(work)/'models'/model/f'fold_{fold}'/'validation'
-    scores = _scores(read_json(out/'scores.json'))
-    return show_scored(scores, [f for f in out.iterdir() if f.suffix != '.json'], dataset, which)
+    return show_scored(Scores.from_json(read_json(out/'scores.json')), out, dataset, which)
 
 # %% ../nbs/14_crossval.ipynb #fd9b6b73
 def cross_validate(

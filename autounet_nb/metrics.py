@@ -67,7 +67,7 @@ def volume_difference(
     _, a, b = _sizes(a, b)
     return _ratio(a - b, b)
 
-# %% ../nbs/12c_metrics.ipynb #a8d86db1
+# %% ../nbs/12c_metrics.ipynb #a243b0e6
 NEAR = 5 # voxels (along the widest axis) up to which the tree is asked first
 MANY = 1000 # points without an answer for which a map is worth its time
 
@@ -83,7 +83,7 @@ def _map(points, to, spacing):
     im = sitk.GetImageFromArray(there)
     im.SetSpacing([float(s) for s in spacing[::-1]]) # SimpleITK's order is (x,y,z)
     far = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(im, squaredDistance=False, useImageSpacing=True))
-    return far[tuple((points - low).T)]
+    return np.maximum(far[tuple((points - low).T)], 0) # below 0 within what it measures to
 
 def _directed(points, to, spacing):
     "Distances in mm from each of some points to the nearest of others; infinite where there are none"
