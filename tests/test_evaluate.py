@@ -1,5 +1,5 @@
 "Dice against NumPy, what is said where there is nothing to compare, and the scores as files."
-import csv, json, shutil
+import csv, json
 import numpy as np, pytest
 import SimpleITK as sitk
 from hypothesis import given, strategies as st
@@ -115,3 +115,8 @@ def test_pictures_are_measured_in_their_plane(tmp_path):
         sitk.WriteImage(sitk.GetImageFromArray(y), str(tmp_path/name/'a.png'))
     m = evaluate(tmp_path/'predictions', tmp_path/'labels').metrics['a']['1']
     assert m['hd95'] == 2 and m['surface_dice'] < 1
+
+def test_tolerance_and_the_choice_of_distances_reach_every_case(pair):
+    loose, strict, none = evaluate(*pair, tolerance=3.), evaluate(*pair, tolerance=0.), evaluate(*pair, surface=False)
+    assert loose.metrics['c0']['1']['surface_dice'] > strict.metrics['c0']['1']['surface_dice'] and '(3 mm)' in repr(loose)
+    assert all(tuple(m) == METRICS[:-2] for c in none.metrics.values() for m in c.values()) and 'surface' not in repr(none)
