@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SILENCE', 'trainings', 'Training', 'training_state', 'Board', 'board']
 
-# %% ../nbs/14d_board.ipynb #17539028
+# %% ../nbs/14d_board.ipynb #68dd95f7
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 import os, platform, time
 from .data import *
+from .config import *
 from .plan import *
 from .schedule import *
 from .train import *
@@ -27,7 +28,7 @@ def trainings(
     order = [m for m in MODELS if m in wanted]
     return [(m, k) for m in order for k in (range(n) if m == '3d_lowres' and '3d_cascade' in models else folds)]
 
-# %% ../nbs/14d_board.ipynb #3e85e83c
+# %% ../nbs/14d_board.ipynb #53cc76b4
 SILENCE = 120 # seconds without a sign of life after which a training elsewhere counts as stopped
 
 def _read(path): # a small file that may be written or removed at this moment
@@ -60,8 +61,8 @@ def training_state(
     folder = fold_folder(work, model, fold)
     res = lambda state, said: Training(model, fold, state, said)
     beat, failed, scores = (_read(folder/f) for f in ('progress.json', 'failed.json', 'validation/scores.json'))
-    if beat and _alive(beat): return res('running', _running(beat))
     if failed: return res('failed', f'{failed.get("error")}' + _resumable(folder))
+    if beat and _alive(beat): return res('running', _running(beat))
     done = finished_training(folder)
     if done and scores: return res('done', f'Dice {_number(scores.get("mean", {}).get("dice"))}, {done.get("seconds", 0) / 60:.1f} minutes')
     if done: return res('trained', 'its held-out cases are not scored yet')

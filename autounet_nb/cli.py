@@ -67,7 +67,7 @@ def check_command(a):
 def fingerprint_command(a):
     "Measure a dataset: shapes, spacings, intensities under the masks; writes WORK/fingerprint.json"
     from autounet_nb.fingerprint import extract_fingerprint
-    from autounet_nb.crossval import keep_apart
+    from autounet_nb.run import keep_apart
     dataset, work = _scan(a), Path(a.work)
     keep_apart(dataset, work)
     fp = extract_fingerprint(dataset, work, workers=a.workers, anonymous=a.anonymous)
@@ -120,7 +120,7 @@ def train_command(a):
 
 def run_command(a):
     "Everything, from a folder of scans and masks to trained and scored models; run again to go on"
-    from autounet_nb.crossval import run
+    from autounet_nb.run import run
     run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers, patients=a.patients, own=a.splits)
 
 def predict_command(a):
@@ -137,7 +137,7 @@ def evaluate_command(a):
 
 def demo_command(a):
     "The whole line on generated scans: a Dice table and a picture in a few minutes"
-    from autounet_nb.crossval import demo
+    from autounet_nb.run import demo
     demo(a.folder, steps=a.steps, seed=a.seed)
 
 # %% ../nbs/15_cli.ipynb #75a48e4b

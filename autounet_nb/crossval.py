@@ -32,7 +32,7 @@ def load_softmax(
     p = open_array(Path(path))[:].astype(np.float32)
     return p / np.maximum(p.sum(0, keepdims=True), 1)
 
-# %% ../nbs/14_crossval.ipynb #d492a436
+# %% ../nbs/14_crossval.ipynb #f9a00042
 def held_out(
     work, # work folder
     fold, # number of the fold
@@ -72,7 +72,9 @@ def validate_fold(
         ensemble, masks = load_ensemble(work, model, [fold], device), {c.id: out/'masks'/f'{c.id}{suffix}' for c in cases}
         todo = [p for p in prepared_cases(work, ensemble.plan.models[model], list(masks)) if not masks[p.id].exists()]
         for p in progress(todo, desc=f'judging {model}, fold {fold}'): _validate(p, ensemble, out/'softmax'/f'{p.id}.b2nd', masks[p.id], tta, device)
-        write_json(out/"scores.json", evaluate(masks, cases, names=ensemble.plan.labels).to_json())
+        scores = evaluate(masks, cases, names=ensemble.plan.labels)
+        scores.save_csv(out/'scores.csv')
+        write_json(out/'scores.json', scores.to_json())
     return read_json(out/'scores.json')
 
 def _validate(p, ensemble, softmax, mask, tta, device):
@@ -82,8 +84,7 @@ def _validate(p, ensemble, softmax, mask, tta, device):
     save_softmax(softmax, probs)
     write_like(native_labels(probs, p.meta, p.geometry.shape, plan), p.geometry, mask)
 
-# %% ../nbs/14_crossval.ipynb #cadcd961
-def _scores(d): return Scores({c['id']: {k: v['dice'] for k, v in c.items() if k != 'id'} for c in d['cases']}, tuple(d.get('warnings', ())))
+# %% ../nbs/14_crossval.ipynb #96a64a99
 def show_validation(
     work, # work folder
     dataset, # the Dataset, with masks
@@ -93,4 +94,4 @@ def show_validation(
 ):
     "A figure of one held-out case with its true and its predicted mask"
     out = fold_folder(work, model, fold)/'validation'
-    return show_scored(_scores(read_json(out/"scores.json")), sorted((out/'masks').iterdir()), dataset, which)
+    return show_scored(Scores.from_json(read_json(out/'scores.json')), sorted((out/'masks').iterdir()), dataset, which)

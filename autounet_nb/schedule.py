@@ -33,7 +33,7 @@ class ForegroundDice(Metric):
     @property
     def name(self): return 'dice'
 
-# %% ../nbs/10b_schedule.ipynb #942bf2e3
+# %% ../nbs/10b_schedule.ipynb #9e192678
 BEAT = 5 # seconds after which `progress.json` is written again
 
 class Journal(Callback):
@@ -58,7 +58,8 @@ class Journal(Callback):
         self.seconds = time.monotonic() - self.started
         if self.folder and self.seconds - self.beat > BEAT: self._beat()
 
-    def after_fit(self):
+    def rest(self):
+        "Nobody trains here any more"
         if self.folder: (self.folder/'progress.json').unlink(missing_ok=True)
 
     def _beat(self):

@@ -86,7 +86,7 @@ class Checkpoint(Callback):
         for cb, state in zip(self._parts(), info['parts']): cb.state = state
         return True
 
-# %% ../nbs/11_train.ipynb #58327cf3
+# %% ../nbs/11_train.ipynb #4c184c97
 class ChannelsLast(Callback):
     "Lays out network and batches with the channels of a voxel side by side"
     order = -5
@@ -136,10 +136,12 @@ def fit_learner(
     short = isinstance(learn.schedule, Budget)
     if short and learn.schedule.used(): return learn
     epochs = learn.schedule.epochs if short else learn.schedule.max_epochs
-    with _bars(learn): learn.fit(max(1, epochs - len(learn.journal.history)))
+    try:
+        with _bars(learn): learn.fit(max(1, epochs - len(learn.journal.history)))
+    finally: learn.journal.rest()
     return learn
 
-# %% ../nbs/11_train.ipynb #bef03891
+# %% ../nbs/11_train.ipynb #6b9709a1
 def find_device(
     name=None, # 'cpu', 'cuda', 'cuda:1' …; None: CUDA if there is one
 ) -> str:

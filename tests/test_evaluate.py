@@ -1,10 +1,11 @@
-"Dice against NumPy, and what is said where there is nothing to compare."
-import json, shutil
+"Dice against NumPy, what is said where there is nothing to compare, and the scores as files."
+import csv, json
 import numpy as np, pytest
 import SimpleITK as sitk
 from hypothesis import given, strategies as st
 from autounet_nb.data import DataError
-from autounet_nb.evaluate import dice, evaluate
+from autounet_nb.evaluate import Scores, dice, evaluate
+from autounet_nb.metrics import METRICS, case_metrics
 
 def write(path, y, spacing=1., origin=0.):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,3 +63,60 @@ def test_masks_in_another_place_are_scored_and_warned_of_first(tmp_path, header,
     for kind, said, line in zip(kinds, s.warnings, repr(s).splitlines()):
         assert f'differ in {kind} in 8 of 9 cases, as in c1' in said and line == f'Warning: {said}'
     assert repr(s).splitlines()[len(kinds)].startswith('Dice') and s._repr_html_().startswith('<p><b>' if kinds else '<table>')
+
+def test_every_metric_is_in_the_json(pair):
+    s = evaluate(*pair)
+    d = json.loads(json.dumps(s.to_json(), allow_nan=False))
+    cases = {c.pop('id'): c for c in d['cases']}
+    assert all(tuple(m) == METRICS for c in cases.values() for m in c.values()) and cases == s.metrics
+    assert {k: {n: m['dice'] for n, m in c.items()} for k, c in cases.items()} == s.cases
+    assert cases['c2']['2'] == dict(dice=0, jaccard=0, sensitivity=None, precision=0, volume_difference=None, hd95=None, surface_dice=0)
+    for m in METRICS:
+        means = {n: [c[n][m] for c in cases.values() if c[n][m] is not None] for n in '12'}
+        assert all(abs(d['classes'][n][m] - np.mean(v)) < 1e-12 for n, v in means.items())
+        assert abs(d['mean'][m] - np.mean([np.mean(v) for v in means.values()])) < 1e-12
+    assert [d['classes'][n]['one_empty'] for n in '12'] == [0, 1] and d['tolerance'] == 1
+    assert '2: prediction or label is empty in 1 of 3 cases' in repr(s) and 'HD95' in repr(s) and 'HD95' in s._repr_html_()
+
+def test_a_metric_that_no_case_has_is_null(tmp_path):
+    y = np.zeros((3, 8, 8)); y[1, 2:5, 2:5] = 1
+    write(tmp_path/'labels'/'a.nii.gz', 0*y); write(tmp_path/'predictions'/'a.nii.gz', y)
+    s = evaluate(tmp_path/'predictions', tmp_path/'labels', names={'organ': 1, 'other': 2})
+    d = s.to_json()
+    assert d['mean']['dice'] == 0 and d['mean']['hd95'] is None and set(d['cases'][0]['other'].values()) == {None} and '–' in repr(s)
+
+def test_scores_come_back_from_json(pair):
+    for s in (evaluate(*pair), evaluate(*pair, tolerance=2.5), evaluate(*pair, surface=False), Scores({'a': {'x': .5}, 'b': {'x': None}}, ('said',))):
+        assert Scores.from_json(json.loads(json.dumps(s.to_json()))) == s
+    for damaged in ({}, [], {'cases': 3}, {'cases': [{'id': 'a', 'x': {}}]}, {'cases': [{'id': 'a', 'x': .5}]}):
+        with pytest.raises(DataError, match='no scores'): Scores.from_json(damaged)
+
+def test_csv_has_a_row_per_case_and_class(pair, tmp_path):
+    s = evaluate(*pair, names={'the "organ", left': 1, 'tumour': 2})
+    s.save_csv(tmp_path/'new'/'scores.csv')
+    with open(tmp_path/'new'/'scores.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    assert [(r['case'], r['class']) for r in rows] == [(k, n) for k in s.cases for n in s.names]
+    assert all({m: float(r[m]) if r[m] else None for m in METRICS} == s.metrics[r['case']][r['class']] for r in rows)
+    assert [p.name for p in (tmp_path/'new').iterdir()] == ['scores.csv']
+
+def test_distances_are_in_the_millimetres_of_the_file(tmp_path):
+    y = np.zeros((6, 10, 10)); y[2:4, 2:5, 2:5] = 1
+    for name, m in (('labels', y), ('predictions', np.roll(y, 1, 0))):
+        (tmp_path/name).mkdir()
+        im = sitk.GetImageFromArray(m.astype(np.uint8)); im.SetSpacing((.5, .5, 4.)) # (x,y,z)
+        sitk.WriteImage(im, str(tmp_path/name/'a.nii.gz'))
+    found = evaluate(tmp_path/'predictions', tmp_path/'labels').metrics['a']['1']
+    assert found == case_metrics(np.roll(y, 1, 0).astype(np.uint8), y.astype(np.uint8), (4., .5, .5))[1] and found['hd95'] == 4
+
+def test_pictures_are_measured_in_their_plane(tmp_path):
+    for name, at in (('labels', 5), ('predictions', 7)):
+        (tmp_path/name).mkdir()
+        y = np.zeros((30, 40), np.uint8); y[5:20, at:at + 20] = 1
+        sitk.WriteImage(sitk.GetImageFromArray(y), str(tmp_path/name/'a.png'))
+    m = evaluate(tmp_path/'predictions', tmp_path/'labels').metrics['a']['1']
+    assert m['hd95'] == 2 and m['surface_dice'] < 1
+
+def test_tolerance_and_the_choice_of_distances_reach_every_case(pair):
+    loose, strict, none = evaluate(*pair, tolerance=3.), evaluate(*pair, tolerance=0.), evaluate(*pair, surface=False)
+    assert loose.metrics['c0']['1']['surface_dice'] > strict.metrics['c0']['1']['surface_dice'] and '(3 mm)' in repr(loose)
+    assert all(tuple(m) == METRICS[:-2] for c in none.metrics.values() for m in c.values()) and 'surface' not in repr(none)
