@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['check_command', 'fingerprint_command', 'plan_command', 'explore_command', 'preprocess_command', 'train_command',
-           'run_command', 'predict_command', 'evaluate_command', 'demo_command', 'main']
+           'run_command', 'board_command', 'predict_command', 'evaluate_command', 'demo_command', 'main']
 
 # %% ../nbs/15_cli.ipynb #e1dc82af
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 import argparse, json, os, sys
 
-# %% ../nbs/15_cli.ipynb #9080e8cc
+# %% ../nbs/15_cli.ipynb #c210b9cd
 def _numbers(text):
     "'0,1' → [0, 1]"
     try: return [int(t) for t in text.split(',')]
@@ -47,12 +47,12 @@ def _data_options(p):
 def _budget_options(p):
     "How long to train"
     g = p.add_mutually_exclusive_group()
-    g.add_argument('--minutes', type=_above_zero(float), metavar='M', help='train for M minutes, shared out among the trainings of this command')
+    g.add_argument('--minutes', type=_above_zero(float), metavar='M', help='train for M minutes in all, shared out among the trainings of this command')
     g.add_argument('--steps', type=_above_zero(int), metavar='N', help='train each network for N steps; without --minutes or --steps it is trained as in the paper, which takes days')
     p.add_argument('--seed', type=_seed, default=0, metavar='S', help='same seed, same result (default 0)')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: cuda if there is one)')
 
-# %% ../nbs/15_cli.ipynb #fece4da1
+# %% ../nbs/15_cli.ipynb #79f6fb26
 def _scan(a):
     from autounet_nb.data import scan
     return scan(a.data, images=a.images, labels=a.labels, modalities=a.modalities)
@@ -109,7 +109,7 @@ def preprocess_command(a):
     from autounet_nb.plan import Plan
     from autounet_nb.preprocess import preprocess
     work, plan = Path(a.work), Plan.load(Path(a.work)/'plan.json')
-    for stage in a.stages or sorted({c.stage for n, c in plan.models.items() if n in ('2d', '3d')}):
+    for stage in a.stages or sorted({c.stage for c in plan.models.values()}):
         cases = preprocess(Dataset.load(work/'cases.json'), plan, work, stage, workers=a.workers)
         print(f'{len(cases)} cases are preprocessed in {work/"prep"/stage}')
 
@@ -123,6 +123,11 @@ def run_command(a):
     from autounet_nb.run import run
     run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers, patients=a.patients, own=a.splits)
 
+def board_command(a):
+    "Which trainings are done, running, stopped, failed or waiting"
+    from autounet_nb.board import board
+    print(board(a.work))
+
 def predict_command(a):
     "Segment new scans with a trained model; the results lie on the scans' own grids"
     from autounet_nb.predict import predict
@@ -130,7 +135,7 @@ def predict_command(a):
     print(f'{len(paths)} segmentation{"s" * (len(paths) != 1)} in {a.out}')
 
 def evaluate_command(a):
-    "Dice per case and class, and their means"
+    "Dice and other metrics per case and class, and their means"
     from autounet_nb.evaluate import evaluate
     with redirect_stdout(sys.stderr) if a.json else nullcontext(): scores = evaluate(a.predictions, a.labels)
     print(json.dumps(scores.to_json(), indent=1) if a.json else scores)
@@ -140,55 +145,73 @@ def demo_command(a):
     from autounet_nb.run import demo
     demo(a.folder, steps=a.steps, seed=a.seed)
 
-# %% ../nbs/15_cli.ipynb #75a48e4b
+# %% ../nbs/15_cli.ipynb #1b741a78
+_JSON = lambda what: lambda p: p.add_argument('--json', action='store_true', help=f'print {what} as JSON')
+_HARDWARE = lambda p: p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
+_WORKERS = lambda p: p.add_argument('--workers', type=_above_zero(int), metavar='N', help='processes (default: one per core)')
+_DEVICE = lambda p: p.add_argument('--device', metavar='D', help='cpu or cuda (default: cuda if there is one)')
+
+def _run_options(p):
+    p.add_argument('--models', type=_names, metavar='NAMES', help='which models, e.g. 2d,3d (default: all that are planned)')
+    p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds of the cross-validation, e.g. 0 or 0,1,2 (default: all)')
+    p.add_argument('--patients', metavar='P', help='keep the cases of a patient together: a pattern of the case names such as {patient}_{visit}, or a CSV file with the columns case and patient')
+    p.add_argument('--splits', metavar='FILE', help='folds of your own: a JSON file with a list of {"train": [...], "valid": [...]}, such as splits_final.json of nnU-Net')
+
+def _plan_options(p):
+    p.add_argument('-o', '--output', metavar='FILE', help='where to write the plan (default: plan.json in the work folder; nowhere for a single file)')
+    p.add_argument('--set', action='append', metavar='NAME=VALUE', help='set a value by hand, the others follow; e.g. 3d.patch=64,128,128, 2d.batch=8, spacing=2,1,1, cascade=no. May be given several times, and stays set')
+    p.add_argument('--automatic', action='store_true', help='forget what was set by hand')
+    p.add_argument('--why', action='store_true', help='print the reason of every value, and what would change it')
+    p.add_argument('--json', action='store_true', help='print plan.json')
+    p.add_argument('--foresee', action='store_true', help='time a few training steps, and print the memory, disk and time that the plan will take')
+
+def _explore_options(p):
+    p.add_argument('-o', '--output', metavar='FILE', help='where the save button writes, and the page goes on from (default: plan.json beside the fingerprint, or in the current folder for scans)')
+    p.add_argument('--port', type=_port, default=0, metavar='P', help='of the page on this machine (default: any that is free)')
+    p.add_argument('--no-browser', action='store_true', help='only print the address')
+
+def _train_options(p):
+    p.add_argument('--model', default='3d', metavar='NAME', help='2d, 3d, 3d_lowres or 3d_cascade (default 3d)')
+    p.add_argument('--folds', type=_numbers, default=[0], metavar='NUMBERS', help='default 0')
+
+def _predict_options(p):
+    p.add_argument('--model', metavar='NAME', help='which model, or two that are averaged, as in 2d+3d (default: what was best in cross-validation)')
+    p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds to average (default: all that are trained)')
+    p.add_argument('--no-tta', action='store_true', help='do not average over mirrored copies: several times faster, a little less accurate')
+    p.add_argument('--probabilities', action='store_true', help='also write the probability of each class')
+    p.add_argument('--suffix', metavar='S', help='format of the results, e.g. .nii.gz or .nrrd (default: that of the scan)')
+
+def _demo_options(p):
+    p.add_argument('folder', nargs='?', default='demo', metavar='FOLDER', help='where to put it (default: demo)')
+    p.add_argument('--steps', type=_above_zero(int), default=320, metavar='N', help='training steps (default 320)')
+    p.add_argument('--seed', type=_seed, default=0, metavar='S', help='default 0')
+
+_DATA, _WORK = ('DATA', 'folder with scans and masks: Medical Segmentation Decathlon, nnU-Net raw, or images/ and labels/'), ('WORK', 'folder for everything that is made')
+_ANONYMOUS = lambda p: p.add_argument('--anonymous', action='store_true', help='number the cases instead of naming them, for sharing the fingerprint')
+_STAGES = lambda p: p.add_argument('--stages', type=_names, metavar='NAMES', help='full, lowres (default: all that the plan has)')
+_COMMANDS = ( # name, function, arguments, options
+    ('check', check_command, [_DATA], [_data_options, _WORKERS, _JSON('the problems')]),
+    ('fingerprint', fingerprint_command, [_DATA, _WORK], [_data_options, _WORKERS, _ANONYMOUS]),
+    ('run', run_command, [_DATA, _WORK], [_data_options, _WORKERS, _run_options, _HARDWARE, _budget_options]),
+    ('plan', plan_command, [('FINGERPRINT', 'fingerprint.json, or a work folder that has one')], [_plan_options, _HARDWARE]),
+    ('explore', explore_command, [('SOURCE', 'fingerprint.json, a work folder that has one, or a folder of scans and masks')], [_explore_options, _HARDWARE]),
+    ('preprocess', preprocess_command, [_WORK], [_STAGES, _WORKERS]),
+    ('train', train_command, [_WORK], [_train_options, _budget_options]),
+    ('board', board_command, [('WORK', 'work folder of a run')], []),
+    ('predict', predict_command, [('WORK', 'work folder with trained models'), ('SCANS', 'a scan, a folder of scans, a DICOM series'), ('OUT', 'folder for the segmentations')], [_predict_options, _DEVICE]),
+    ('evaluate', evaluate_command, [('PREDICTIONS', 'folder of segmentations'), ('LABELS', 'folder of true masks with the same names')], [_JSON('the scores')]),
+    ('demo', demo_command, [], [_demo_options]))
+
 def _parser():
     "The parser of all commands"
     parser = argparse.ArgumentParser('autounet', description='Self-configuring medical image segmentation. Give it a folder of scans with masks; it decides, trains and segments.',
         epilog='Start with `autounet demo`, or with `autounet check FOLDER` on your own scans. `autounet COMMAND --help` explains one command.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    def add(name, f, *positional, **kw):
-        p = commands.add_parser(name, help=f.__doc__, description=f.__doc__ + '.', **kw)
-        for arg, text in positional: p.add_argument(arg.lower(), metavar=arg, help=text)
+    for name, f, arguments, options in _COMMANDS:
+        p = commands.add_parser(name, help=f.__doc__, description=f.__doc__ + '.')
+        for arg, text in arguments: p.add_argument(arg.lower(), metavar=arg, help=text)
+        for add in options: add(p)
         p.set_defaults(call=f)
-        return p
-    data = ('DATA', 'folder with scans and masks: Medical Segmentation Decathlon, nnU-Net raw, or images/ and labels/'); work = ('WORK', 'folder for everything that is made')
-    for name, f, args in (('check', check_command, [data]), ('fingerprint', fingerprint_command, [data, work]), ('run', run_command, [data, work])):
-        _data_options(p := add(name, f, *args))
-        p.add_argument('--workers', type=_above_zero(int), metavar='N', help='processes (default: one per core)')
-        if name == 'check': p.add_argument('--json', action='store_true', help='print the problems as JSON')
-        if name == 'fingerprint': p.add_argument('--anonymous', action='store_true', help='number the cases instead of naming them, for sharing the fingerprint')
-        if name == 'run':
-            p.add_argument('--models', type=_names, metavar='NAMES', help='which models, e.g. 2d,3d (default: both)')
-            p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds of the cross-validation, e.g. 0 or 0,1,2 (default: all)')
-            p.add_argument('--patients', metavar='P', help='keep the cases of a patient together: a pattern of the case names such as {patient}_{visit}, or a CSV file with the columns case and patient')
-            p.add_argument('--splits', metavar='FILE', help='folds of your own: a JSON file with a list of {"train": [...], "valid": [...]}, such as splits_final.json of nnU-Net')
-            p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
-            _budget_options(p)
-    p = add('plan', plan_command, ('FINGERPRINT', 'fingerprint.json, or a work folder that has one'))
-    p.add_argument('-o', '--output', metavar='FILE', help='where to write the plan (default: plan.json in the work folder; nowhere for a single file)')
-    p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
-    p.add_argument('--set', action='append', metavar='NAME=VALUE', help='set a value by hand, the others follow; e.g. 3d.patch=64,128,128, 2d.batch=8, spacing=2,1,1, cascade=no. May be given several times, and stays set')
-    p.add_argument('--automatic', action='store_true', help='forget what was set by hand')
-    p.add_argument('--why', action='store_true', help='print the reason of every value, and what would change it'); p.add_argument('--json', action='store_true', help='print plan.json')
-    p.add_argument('--foresee', action='store_true', help='time a few training steps, and print the memory, disk and time that the plan will take')
-    p = add('explore', explore_command, ('SOURCE', 'fingerprint.json, a work folder that has one, or a folder of scans and masks'))
-    p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
-    p.add_argument('-o', '--output', metavar='FILE', help='where the save button writes (default: plan.json beside the fingerprint, or in the current folder for scans)')
-    p.add_argument('--port', type=_port, default=0, metavar='P', help='of the page on this machine (default: any that is free)'); p.add_argument('--no-browser', action='store_true', help='only print the address')
-    p = add('preprocess', preprocess_command, work)
-    p.add_argument('--stages', type=_names, metavar='NAMES', help='full, lowres (default: what the 2D and 3D networks need)'); p.add_argument('--workers', type=_above_zero(int), metavar='N', help='processes (default: one per core)')
-    p = add('train', train_command, work)
-    p.add_argument('--model', default='3d', metavar='NAME', help='2d or 3d (default 3d)'); p.add_argument('--folds', type=_numbers, default=[0], metavar='NUMBERS', help='default 0')
-    _budget_options(p)
-    p = add('predict', predict_command, ('WORK', 'work folder with trained models'), ('SCANS', 'a scan, a folder of scans, a DICOM series'), ('OUT', 'folder for the segmentations'))
-    p.add_argument('--model', metavar='NAME', help='which model (default: the best one)'); p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds to average (default: all that are trained)')
-    p.add_argument('--no-tta', action='store_true', help='do not average over mirrored copies: several times faster, a little less accurate')
-    p.add_argument('--probabilities', action='store_true', help='also write the probability of each class'); p.add_argument('--suffix', metavar='S', help='format of the results, e.g. .nii.gz or .nrrd (default: that of the scan)')
-    p.add_argument('--device', metavar='D', help='cpu or cuda (default: cuda if there is one)')
-    p = add('evaluate', evaluate_command, ('PREDICTIONS', 'folder of segmentations'), ('LABELS', 'folder of true masks with the same names'))
-    p.add_argument('--json', action='store_true', help='print the scores as JSON')
-    p = add('demo', demo_command); p.add_argument('folder', nargs='?', default='demo', metavar='FOLDER', help='where to put it (default: demo)')
-    p.add_argument('--steps', type=_above_zero(int), default=320, metavar='N', help='training steps (default 320)'); p.add_argument('--seed', type=_seed, default=0, metavar='S', help='default 0')
     return parser
 
 # %% ../nbs/15_cli.ipynb #36764dd3
