@@ -21,7 +21,7 @@ def test_run_leaves_everything_that_is_promised(trained):
         names = {p.name for p in (work/'models'/model/'fold_0').iterdir()}
         assert {'weights.safetensors', 'model.json', 'history.csv', 'curves.png', 'worst.png', 'median.png', 'validation'} <= names
         held_out = json.loads((work/'splits.json').read_text())[0]['valid']
-        assert {f'{i}.nii.gz' for i in held_out} <= {p.name for p in (work/'models'/model/'fold_0'/'validation').iterdir()}
+        assert {f'{i}.nii.gz' for i in held_out} <= {p.name for p in (work/'models'/model/'fold_0'/'validation'/'masks').iterdir()}
 
 def test_run_again_does_nothing(trained, autounet):
     watched = [p for p in (trained/'work').rglob('*') if p.suffix in ('.safetensors', '.b2nd', '.npz', '.gz')]

@@ -145,4 +145,4 @@ def test_a_run_by_patient_and_with_own_folds(autounet, one_line, tmp_path):
     write_json(tmp_path/'own.json', [dict(train=['phantom_001', 'phantom_004'], val=['phantom_002'])])
     p = go('--splits', tmp_path/'own.json')
     assert p.returncode == 0 and 'what changed is the split' in p.stdout and '3 of 4 cases are judged in no fold' in p.stdout, p.stderr
-    assert held_out() == {'phantom_002'} == {f.name[:11] for f in (tmp_path/'work/models/2d/fold_0/validation').glob('*.nii.gz')}
+    assert held_out() == {'phantom_002'} == {f.name[:11] for f in (tmp_path/'work/models/2d/fold_0/validation/masks').glob('*.nii.gz')}
