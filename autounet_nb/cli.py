@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_command', 'fingerprint_command', 'plan_command', 'explore_command', 'preprocess_command', 'train_command',
-           'run_command', 'board_command', 'predict_command', 'evaluate_command', 'demo_command', 'main']
+           'run_command', 'board_command', 'report_command', 'predict_command', 'evaluate_command', 'demo_command',
+           'main']
 
 # %% ../nbs/15_cli.ipynb #e1dc82af
 from contextlib import nullcontext, redirect_stdout
@@ -52,7 +53,7 @@ def _budget_options(p):
     p.add_argument('--seed', type=_seed, default=0, metavar='S', help='same seed, same result (default 0)')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: cuda if there is one)')
 
-# %% ../nbs/15_cli.ipynb #79f6fb26
+# %% ../nbs/15_cli.ipynb #e5709a60
 def _scan(a):
     from autounet_nb.data import scan
     return scan(a.data, images=a.images, labels=a.labels, modalities=a.modalities)
@@ -128,6 +129,11 @@ def board_command(a):
     from autounet_nb.board import board
     print(board(a.work))
 
+def report_command(a):
+    "Everything about a run, finished or not, as one page that opens anywhere; writes WORK/report.html"
+    from autounet_nb.report import report
+    print(report(a.work))
+
 def predict_command(a):
     "Segment new scans with a trained model; the results lie on the scans' own grids"
     from autounet_nb.predict import predict
@@ -145,7 +151,7 @@ def demo_command(a):
     from autounet_nb.run import demo
     demo(a.folder, steps=a.steps, seed=a.seed)
 
-# %% ../nbs/15_cli.ipynb #1b741a78
+# %% ../nbs/15_cli.ipynb #aeb588b3
 _JSON = lambda what: lambda p: p.add_argument('--json', action='store_true', help=f'print {what} as JSON')
 _HARDWARE = lambda p: p.add_argument('--hardware', metavar='H', help='plan for gpu-12gb, cpu or a memory such as 16GB (default: what this machine has)')
 _WORKERS = lambda p: p.add_argument('--workers', type=_above_zero(int), metavar='N', help='processes (default: one per core)')
@@ -198,6 +204,7 @@ _COMMANDS = ( # name, function, arguments, options
     ('preprocess', preprocess_command, [_WORK], [_STAGES, _WORKERS]),
     ('train', train_command, [_WORK], [_train_options, _budget_options]),
     ('board', board_command, [('WORK', 'work folder of a run')], []),
+    ('report', report_command, [('WORK', 'work folder of a run')], []),
     ('predict', predict_command, [('WORK', 'work folder with trained models'), ('SCANS', 'a scan, a folder of scans, a DICOM series'), ('OUT', 'folder for the segmentations')], [_predict_options, _DEVICE]),
     ('evaluate', evaluate_command, [('PREDICTIONS', 'folder of segmentations'), ('LABELS', 'folder of true masks with the same names')], [_JSON('the scores')]),
     ('demo', demo_command, [], [_demo_options]))

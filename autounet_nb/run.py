@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare', 'keep_apart', 'asked_models', 'Shares', 'do_training', 'cross_validate', 'score_table', 'run', 'demo']
 
-# %% ../nbs/14g_run.ipynb #8f253ad4
+# %% ../nbs/14g_run.ipynb #bbcf38f3
 from pathlib import Path
 import hashlib, json, os, time, traceback
 from .data import *
@@ -24,6 +24,7 @@ from .crossval import *
 from .cascade import *
 from .choose import *
 from .board import *
+from .report import *
 
 # %% ../nbs/14g_run.ipynb #e5cc0536
 def _files_key(dataset):
@@ -192,7 +193,7 @@ def score_table(
     width = [max(map(len, c)) for c in zip(head, *body)]
     return '\n'.join('  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in (head, *body))
 
-# %% ../nbs/14g_run.ipynb #43410278
+# %% ../nbs/14g_run.ipynb #abf0688c
 def run(
     data, # a Dataset, or the folder of one
     work, # work folder
@@ -217,11 +218,13 @@ def run(
     plan = prepare(dataset, work, models, hardware, workers)
     print(plan)
     _announce(work, plan, asked_models(plan, models), workers, device)
-    rows = cross_validate(work, dataset, models, folds, minutes, steps, seed, device, patients, own)
+    try: rows = cross_validate(work, dataset, models, folds, minutes, steps, seed, device, patients, own)
+    except DataError: print(f'\nThe report so far: {report(work, dataset)}'); raise
     print('\nDice on scans that were held out\n' + score_table(rows))
     choice = choose(work, dataset, asked_models(plan, models), workers)
     print(f'\nModels and pairs, by mean foreground Dice on scans that were held out\n{choice}')
     print(f'\nPictures of the worst and the median case lie beside the weights, in {work}/models. Segment new scans with: autounet predict {work} SCANS OUT')
+    print(f'All of it on one page: {report(work, dataset)}')
     return choice
 
 def _announce(work, plan, models, workers, device):

@@ -6,11 +6,11 @@
 __all__ = ['save_tensors', 'load_tensors', 'Checkpoint', 'ChannelsLast', 'get_learner', 'fit_learner', 'find_device',
            'prepared_cases', 'data_key', 'finished_training', 'train_fold', 'load_model']
 
-# %% ../nbs/11_train.ipynb #090c683c
+# %% ../nbs/11_train.ipynb #d0ef3a8a
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-import json, os
+import json, os, sys
 from contextlib import nullcontext
 import numpy as np, torch
 from safetensors import safe_open, SafetensorError
@@ -141,7 +141,7 @@ def fit_learner(
     finally: learn.journal.rest()
     return learn
 
-# %% ../nbs/11_train.ipynb #6b9709a1
+# %% ../nbs/11_train.ipynb #a44b4d78
 def find_device(
     name=None, # 'cpu', 'cuda', 'cuda:1' …; None: CUDA if there is one
 ) -> str:
@@ -173,12 +173,19 @@ def data_key(
     "Changes when what these cases hold does"
     return blake2b(json.dumps([[c.id, *c.digest] for c in cases]).encode(), digest_size=8).hexdigest()
 
+def _peak(device):
+    "Bytes that were held at most: on the GPU, or by this process so far; None where the system doesn't tell"
+    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
+    try: import resource
+    except ModuleNotFoundError: return None # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
 def _finish(folder, learn, config, recipe, finished):
     "Write weights and all that is needed to use them"
     save_tensors(folder/'weights.safetensors', learn.model.state_dict())
     c = ModelConfig.__dataclass_fields__
     write_json(folder/'model.json', dict(config={k: getattr(config, k) for k in c}, recipe=recipe, finished=finished, mirrored=hasattr(learn, 'augment') and learn.augment.mirrors,
-        steps=learn.journal.step, seconds=round(learn.journal.seconds, 1), last=(learn.journal.history or [None])[-1], torch=torch.__version__))
+        steps=learn.journal.step, seconds=round(learn.journal.seconds, 1), memory=_peak(learn.dls.device), last=(learn.journal.history or [None])[-1], torch=torch.__version__))
     if finished: (folder/'checkpoint.safetensors').unlink(missing_ok=True)
 
 def finished_training(folder):
@@ -220,6 +227,7 @@ def train_fold(
     if workers is None: workers = min(8, os.cpu_count()) if device != 'cpu' else 0
     dls = patch_dls(train, valid, config, seed=seed * 1000 + fold, workers=workers, device=device)
     learn = get_learner(dls, config, net, loss, schedule, folder, cbs=cbs, seed=seed * 1000 + fold, recipe=recipe)
+    if dls.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(dls.device)
     try: fit_learner(learn)
     except KeyboardInterrupt:
         if not before: _finish(folder, learn, config, recipe, False)
