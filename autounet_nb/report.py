@@ -170,7 +170,7 @@ def _figure(fig, said, scan=False):
     data, mime = b64encode(out.getvalue()).decode(), 'png' if kind else 'svg+xml'
     return _Html(f'<figure class="{"scan" if scan else "chart"}"><div><img alt="{escape(said)}" src="data:image/{mime};base64,{data}"></div><figcaption>{escape(said)}</figcaption></figure>')
 
-# %% ../nbs/14f_report.ipynb #c916550d
+# %% ../nbs/14f_report.ipynb #4fb0183e
 class _Found:
     "What lies in a work folder"
     def __init__(self, work, dataset=None):
@@ -203,7 +203,7 @@ class _Found:
     def _board(self):
         "The states of all trainings that were asked for, or that are there"
         asked = self.tried(lambda: board(self.work)) if self.asked else None
-        return asked or Board(tuple(training_state(self.work, m, k) for m, k in self._folders()))
+        return asked or Board(tuple(t for m, k in self._folders() if (t := self.tried(lambda: training_state(self.work, m, k)))))
 
     def _logs(self):
         "model → {fold: history}"
@@ -260,7 +260,7 @@ def _commands(found):
     said += [f'plan.json was changed in an editor: copy it into the new folder first.'] * (not Plan.untouched(found.work/'plan.json'))
     return [shlex.join(['autounet', *l]) for l in lines], [s for s in said if s]
 
-# %% ../nbs/14f_report.ipynb #7bf6f191
+# %% ../nbs/14f_report.ipynb #65344065
 def _stamp(t=None): return time.strftime('%Y-%m-%d %H:%M', time.localtime(t))
 def _minutes(seconds): return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
 def _dice(v): return '–' if v is None else f'{v:.3f}'
@@ -295,8 +295,9 @@ def _dataset(found):
     rows = [('classes', ', '.join(f'{v} {k}' for k, v in fp.labels.items())), ('channels', ', '.join(fp.modalities)), *fp._rows()]
     out = [_table([], rows), _figure(plot_fingerprint(fp), 'Each dot is a case: its shape and spacing; intensities under the masks; voxels of each class.')]
     try:
+        if not d: raise DataError('their list, cases.json, is missing')
         with rc_context({'figure.facecolor': 'k', 'text.color': '.88', 'axes.titlecolor': '.88', 'axes.facecolor': 'k'}): out.append(_figure(plot_montage(d), 'The slice with most foreground of several cases, with the contours of their masks, all to one scale.', True))
-    except (DataError, AttributeError) as e: out.append(_p(f'There are no pictures of the scans here: {e if d else "their list, cases.json, is missing"}.', 'note'))
+    except DataError as e: out.append(_p(f'There are no pictures of the scans here: {e}.', 'note'))
     return out + [_Html('<h3>Problems</h3>'), *_problems(found.checked)]
 
 def _problems(checked):
