@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'autounet_nb.board.Board.counts': ('board.html#board.counts', 'autounet_nb/board.py'),
                                    'autounet_nb.board.Training': ('board.html#training', 'autounet_nb/board.py'),
                                    'autounet_nb.board._alive': ('board.html#_alive', 'autounet_nb/board.py'),
+                                   'autounet_nb.board._mean_dice': ('board.html#_mean_dice', 'autounet_nb/board.py'),
                                    'autounet_nb.board._number': ('board.html#_number', 'autounet_nb/board.py'),
                                    'autounet_nb.board._read': ('board.html#_read', 'autounet_nb/board.py'),
                                    'autounet_nb.board._resumable': ('board.html#_resumable', 'autounet_nb/board.py'),

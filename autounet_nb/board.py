@@ -64,11 +64,12 @@ def training_state(
     if failed: return res('failed', f'{failed.get("error")}' + _resumable(folder))
     if beat and _alive(beat): return res('running', _running(beat))
     done = finished_training(folder)
-    if done and scores: return res('done', f'Dice {_number(scores.get("mean", {}).get("dice"))}, {done.get("seconds", 0) / 60:.1f} minutes')
+    if done and scores: return res('done', f'Dice {_number(_mean_dice(scores))}, {done.get("seconds", 0) / 60:.1f} minutes')
     if done: return res('trained', 'its held-out cases are not scored yet')
     return res('stopped', 'can go on' + _resumable(folder)) if (folder/'checkpoint.safetensors').exists() else res('waiting', '')
 
-def _number(v): return '–' if v is None else f'{v:.3f}'
+def _number(v): return f'{v:.3f}' if isinstance(v, (int, float)) else '–'
+def _mean_dice(scores): return scores['mean'].get('dice') if isinstance(scores.get('mean'), dict) else None # they may be damaged
 
 def _running(b):
     left = '' if b.get('left') is None else f', about {b["left"] / 60:.1f} minutes left'

@@ -161,7 +161,8 @@ def why(self:Plan, of=''):
 def _value(self:Plan, key):
     "The value that a reason's key names"
     model, _, name = key.rpartition('.')
-    return getattr(self.models[model], name) if model else getattr(self, name, 'yes' if '3d_cascade' in self.models else 'no')
+    if model or name == 'spacing': return getattr(self.models[model or '2d'], name)
+    return getattr(self, name, 'yes' if '3d_cascade' in self.models else 'no')
 
 @patch
 def __repr__(self:Plan):

@@ -68,6 +68,7 @@ def test_every_plan_keeps_the_rules(shape, spacing, n, hardware, channels, class
     fields = ('patch', 'batch', 'pools', 'kernels', 'features', 'dice')
     assert {f'{m}.{f}' for m in plan.models for f in fields} <= set(plan.reasons)
     assert all(k in plan.why() for k in plan.reasons)
+    assert plan.why('spacing').startswith(f'spacing = {plan.models["2d"].spacing}') and plan.why('cascade').startswith(f'cascade = {"yes" if "3d_lowres" in plan.models else "no"}')
 
 @given(st.lists(st.integers(1, 600), min_size=2, max_size=3))
 def test_equal_spacing_pools_down_to_4_to_7(shape):
