@@ -63,7 +63,8 @@ def test_every_plan_keeps_the_rules(shape, spacing, n, hardware, channels, class
         low, full = plan.models['3d_lowres'], plan.models['3d']
         assert not needs_cascade(low.median_shape, hw.step_3d // 2)
         assert all(abs(math.log2(b / a) - round(math.log2(b / a))) < 1e-9 for a, b in zip(full.spacing, low.spacing)), 'steps of two'
-        assert low.dice == 'sample' and full.dice == 'batch' and plan.models['3d_cascade'].patch == full.patch
+        assert low.dice == 'sample' and full.dice == 'batch'
+        assert plan.models['3d_cascade'].patch == full.patch or 'would take' in plan.why('3d_cascade.batch') # its additional channels take memory, too
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).to_dict() == plan.to_dict()
     fields = ('patch', 'batch', 'pools', 'kernels', 'features', 'dice')
     assert {f'{m}.{f}' for m in plan.models for f in fields} <= set(plan.reasons)
