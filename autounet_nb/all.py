@@ -35,4 +35,5 @@ from .crossval import *
 from .cascade import *
 from .choose import *
 from .board import *
+from .cluster import *
 from .run import *

@@ -184,7 +184,7 @@ def progress(
     bar.comment = desc
     return bar
 
-# %% ../nbs/00_cases.ipynb #150cca6c
+# %% ../nbs/00_cases.ipynb #c4e610a5
 def _try(f, item):
     try: return item, f(item)
     except Exception as e: return item, e
@@ -193,7 +193,7 @@ def _on_cluster(client, f, items):
     "The same by the workers of a Dask cluster; where an item kills them, its result is an error that names it"
     from distributed import KilledWorker, as_completed
     waiting = dict(zip(client.map(partial(_try, f), items, pure=False), items))
-    for future in as_completed(list(waiting)):
+    for future in as_completed(list(waiting), loop=client.loop):
         item, error = waiting.pop(future), future.exception()
         if isinstance(error, KilledWorker):
             name = getattr(item, 'id', None) or (item[0] if isinstance(item, tuple) else item)

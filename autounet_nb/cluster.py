@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['cluster_client', 'roll_call', 'rounds', 'run_jobs']
 
-# %% ../nbs/14e_cluster.ipynb #ee090d41
+# %% ../nbs/14e_cluster.ipynb #c716e28c
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-import logging, os, platform, time, uuid
+import logging, os, platform, signal, time, uuid
 import torch
 from .data import *
 from .crossval import *
 from .cascade import *
 from .board import *
 
-# %% ../nbs/14e_cluster.ipynb #5f1023c5
+# %% ../nbs/14e_cluster.ipynb #31f64feb
 _HERE = dict(host='127.0.0.1', protocol='tls://', dashboard=False)
 
 def _dask():
@@ -41,6 +41,12 @@ def _local_cluster(n):
     with config.set({'distributed.nanny.pre-spawn-environ': {}, 'distributed.scheduler.http.routes': [], 'distributed.worker.http.routes': []}):
         return dd.SpecCluster(workers, scheduler, security=own['security'], silence_logs=logging.ERROR, name='autounet')
 
+def _deaf():
+    "A plugin with which workers leave Ctrl-C to the process that started them"
+    class Deaf(_dask().WorkerPlugin):
+        def setup(self, worker): signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Deaf()
+
 @contextmanager
 def cluster_client(
     where, # 'local:N', the address of a scheduler, or a Dask `Client`
@@ -53,7 +59,7 @@ def cluster_client(
         raise DataError(f'{where!r} is no cluster: say local:4 for four processes on this machine, or the address of a scheduler such as tcp://machine:8786.')
     dd = _dask()
     if kind == 'local':
-        with _local_cluster(int(n)) as cluster, closing(dd.Client(cluster)) as client: yield client
+        with _local_cluster(int(n)) as cluster, closing(dd.Client(cluster)) as client: client.register_plugin(_deaf()); yield client
         return
     try: client = dd.Client(where, timeout=timeout)
     except (OSError, ValueError) as e: raise DataError(f'No scheduler answers at {where} ({type(e).__name__}): start one with `dask scheduler`, and see that this machine can reach it.') from None
@@ -116,7 +122,7 @@ def _between(stage, work, first):
     try: return failed[0] if failed else stage(work) and None
     except Exception as e: return e
 
-# %% ../nbs/14e_cluster.ipynb #8b547749
+# %% ../nbs/14e_cluster.ipynb #cb19da6c
 def rounds(
     jobs, # of (model, fold)
     workers, # number of them
@@ -138,12 +144,12 @@ def run_jobs(
     dd, work, need = _dask(), Path(work).absolute(), {'GPU': 1} if device.startswith('cuda') else None
     def submit(job, first=()):
         share = None if minutes is None else minutes[job]
-        return client.submit(_on_worker, train, work, *job, share, torch.get_num_threads(), first, key=f'{job[0]}, fold {job[1]} {uuid.uuid4().hex}', resources=need)
+        return client.submit(_on_worker, train, work, *job, share, torch.get_num_threads(), first, key=f'training-{job[0]}-{job[1]}-{uuid.uuid4().hex}', resources=need)
     waiting = {submit(j): j for j in jobs if j[0] != '3d_cascade'}
     if second := [j for j in jobs if j[0] == '3d_cascade']:
         masks = client.submit(_between, between, work, [f for f, (m, _) in waiting.items() if m == '3d_lowres'], pure=False)
         waiting |= {submit(j, [masks]): j for j in second}
-    for future in dd.as_completed(list(waiting)):
+    for future in dd.as_completed(list(waiting), loop=client.loop):
         job, died = waiting[future], future.exception()
         if died and getattr(died, 'task', future.key) != future.key: continue # one that this one needs died
         if died: yield job, DataError('the worker that was on it died, and so did those that took it up again; look whether they have enough memory')
