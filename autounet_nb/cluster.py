@@ -7,7 +7,6 @@ __all__ = ['cluster_client', 'roll_call', 'rounds', 'run_jobs']
 
 # %% ../nbs/14e_cluster.ipynb #c716e28c
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
 import logging, os, platform, signal, time, uuid
 import torch
