@@ -35,5 +35,6 @@ from .crossval import *
 from .cascade import *
 from .choose import *
 from .board import *
+from .cluster import *
 from .report import *
 from .run import *

@@ -6,9 +6,10 @@
 __all__ = ['ANYTHING', 'FLAG', 'TEXT', 'write_json', 'read_json', 'Kind', 'whole_number', 'real_number', 'one_of', 'shown',
            'flaw', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress', 'pmap']
 
-# %% ../nbs/00_cases.ipynb #bc9c0fd6
+# %% ../nbs/00_cases.ipynb #df9d4d42
 import json, math, re, reprlib, sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -183,19 +184,31 @@ def progress(
     bar.comment = desc
     return bar
 
-# %% ../nbs/00_cases.ipynb #b268fb5e
+# %% ../nbs/00_cases.ipynb #c4e610a5
 def _try(f, item):
     try: return item, f(item)
     except Exception as e: return item, e
 
+def _on_cluster(client, f, items):
+    "The same by the workers of a Dask cluster; where an item kills them, its result is an error that names it"
+    from distributed import KilledWorker, as_completed
+    waiting = dict(zip(client.map(partial(_try, f), items, pure=False), items))
+    for future in as_completed(list(waiting), loop=client.loop):
+        item, error = waiting.pop(future), future.exception()
+        if isinstance(error, KilledWorker):
+            name = getattr(item, 'id', None) or (item[0] if isinstance(item, tuple) else item)
+            error = DataError(f'case {name}: the worker that was on it died, and so did those that took it up again; look whether they have enough memory')
+        yield item, error or future.result()[1]
+
 def pmap(
     f, # function of one item
     items, # to call it with
-    workers=None, # processes; None takes every CPU, 1 stays in this process
+    workers=None, # processes; None takes every CPU, 1 stays in this process; or a Dask `Client`
     desc='', # word beside the progress bar
 ):
     "Yield (item, result) as they finish; where `f` failed, the result is the exception"
     items = list(items)
     if not items: return
-    run = Parallel(n_jobs=workers or -1, return_as='generator_unordered')
-    yield from progress(run(delayed(_try)(f, o) for o in items), len(items), desc)
+    if hasattr(workers, 'submit'): done = _on_cluster(workers, f, items)
+    else: done = Parallel(n_jobs=workers or -1, return_as='generator_unordered')(delayed(_try)(f, o) for o in items)
+    yield from progress(done, len(items), desc)

@@ -122,7 +122,7 @@ def train_command(a):
 def run_command(a):
     "Everything, from a folder of scans and masks to trained and scored models; run again to go on"
     from autounet_nb.run import run
-    run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers, patients=a.patients, own=a.splits)
+    run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers, patients=a.patients, own=a.splits, cluster=a.cluster)
 
 def board_command(a):
     "Which trainings are done, running, stopped, failed or waiting"
@@ -162,6 +162,7 @@ def _run_options(p):
     p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds of the cross-validation, e.g. 0 or 0,1,2 (default: all)')
     p.add_argument('--patients', metavar='P', help='keep the cases of a patient together: a pattern of the case names such as {patient}_{visit}, or a CSV file with the columns case and patient')
     p.add_argument('--splits', metavar='FILE', help='folds of your own: a JSON file with a list of {"train": [...], "valid": [...]}, such as splits_final.json of nnU-Net')
+    p.add_argument('--cluster', metavar='C', help='have a Dask cluster do it: local:4 for four processes on this machine, or the address of a scheduler such as tcp://machine:8786')
 
 def _plan_options(p):
     p.add_argument('-o', '--output', metavar='FILE', help='where to write the plan (default: plan.json in the work folder; nowhere for a single file)')

@@ -228,11 +228,11 @@ def _prepare(case, plan, folder, spacing, slice_axis):
     with atomic(folder/f'{case.id}_points.npz') as tmp, open(tmp, 'wb') as f: np.savez(f, **{str(k): v for k, v in points.items()})
     write_json(path, dict(id=case.id, **meta, spacing=list(spacing), has_label=y is not None, geometry=geometry.to_dict(), digest=digest(x, y), key=key))
 
-# %% ../nbs/06_preprocess.ipynb #d83005bb
+# %% ../nbs/06_preprocess.ipynb #c66b4244
 def _fitting(work, spacing, workers):
     "Processes that fit into memory, as far as the fingerprint in the work folder tells"
     path = Path(work)/'fingerprint.json'
-    if workers == 1 or not path.exists(): return workers
+    if workers == 1 or hasattr(workers, 'submit') or not path.exists(): return workers # a cluster knows its own memory
     needs, wanted = prepare_needs(Fingerprint.load(path), spacing, workers), workers or os.cpu_count()
     if needs['workers'] < wanted: print(f'Preprocessing with {needs["workers"]} of {wanted} processes: each needs up to {bytes_text(needs["memory"])}, and {bytes_text(available_memory())} of memory are free.')
     return needs['workers']
@@ -242,7 +242,7 @@ def preprocess(
     plan, # `Plan`
     work, # work folder; files go to WORK/prep/STAGE
     stage='full', # 'full' or 'lowres'
-    workers=None, # processes, at most as many as fit into memory; None: one per CPU
+    workers=None, # processes, at most as many as fit into memory; None: one per CPU; or a Dask `Client`
 ) -> list: # of `Prepared`, in the order of the dataset
     "Preprocess all cases that aren't finished yet; DataError names those that fail when the others are done"
     folder, (spacing, axis) = Path(work)/'prep'/stage, _stage(plan, stage)

@@ -6,6 +6,7 @@
 __all__ = ['prepare', 'keep_apart', 'asked_models', 'Shares', 'do_training', 'cross_validate', 'score_table', 'run', 'demo']
 
 # %% ../nbs/14g_run.ipynb #bbcf38f3
+from functools import partial
 from pathlib import Path
 import hashlib, json, os, time, traceback
 from .data import *
@@ -24,6 +25,7 @@ from .crossval import *
 from .cascade import *
 from .choose import *
 from .board import *
+from .cluster import *
 from .report import *
 
 # %% ../nbs/14g_run.ipynb #e5cc0536
@@ -88,7 +90,7 @@ def asked_models(
     need = [*(models or plan.models), *(['3d_lowres'] if '3d_cascade' in (models or ()) else [])]
     return [n for n in plan.models if n in need]
 
-# %% ../nbs/14g_run.ipynb #63a62823
+# %% ../nbs/14g_run.ipynb #0b3e2b7f
 class Shares:
     "Minutes for each training, out of a budget for all; kept in `run.json`"
     def __init__(self,
@@ -112,11 +114,17 @@ class Shares:
             write_json(self.path, self.state)
         return shares[job]
 
+    def side_by_side(self, jobs, rounds):
+        "The minutes of all trainings, where each worker does at most `rounds` one after the other"
+        for job in jobs if self.state['minutes'] else (): self.state['shares'].setdefault(job, round(self.state['minutes'] / rounds, 3))
+        write_json(self.path, self.state)
+        return {job: self.state['shares'].get(job) for job in jobs}
+
     def done(self, job, minutes):
         "Note what a training and its judging took in all"
         if job in self.state['shares'] and job not in self.state['spent']: self.state['spent'][job] = round(minutes, 3); write_json(self.path, self.state)
 
-# %% ../nbs/14g_run.ipynb #b09e90b0
+# %% ../nbs/14g_run.ipynb #3131bf3f
 def do_training(
     work, # work folder, prepared
     dataset, # the Dataset, with masks
@@ -159,26 +167,47 @@ def cross_validate(
     device=None,
     patients=None, # whose cases stay together, as for `read_patients`
     own=None, # folds of your own, as for `read_splits`
+    client=None, # a Dask `Client` whose workers do it; one after the other in this process if None
 ) -> list: # of dicts: model, fold, dice, classes, seconds
     "Train and score every model on every fold; DataError names those that failed when the others are done"
-    work = Path(work)
+    work = Path(work) if client is None else Path(work).absolute() # workers start from folders of their own
     names = asked_models(Plan.load(work/'plan.json'), models)
     splits = work_splits(work, [c.id for c in dataset], seed=seed, patients=patients, own=own)
     folds = list(range(len(splits)) if folds is None else dict.fromkeys(folds))
     for k in folds: check_fold(splits, k)
     shares = Shares(work/'run.json', dict(models=names, folds=folds, n=len(splits), minutes=minutes, steps=steps, seed=seed))
-    jobs, rows, failed = trainings(names, folds, len(splits)), [], []
-    labels = [f'{m}, fold {k}' for m, k in jobs]
-    for (model, fold), job in zip(jobs, labels):
-        if model == '3d_cascade' and any(m == '3d_lowres' for m, *_ in failed): continue # it would have nothing to go by
-        share, start = shares.minutes(job, labels), time.monotonic()
-        print(f'training {job}' + (f', {share:.1f} minutes' if share else f', {steps} steps' if steps else ', the paper\'s schedule'), flush=True)
-        try: rows.append(do_training(work, dataset, model, fold, minutes=share, steps=steps, seed=seed, device=device)); shares.done(job, (time.monotonic() - start) / 60)
-        except Exception as e: failed.append((model, fold, e)); print(f'{job} failed: {e}', flush=True)
-        finally: _write_board(work)
+    jobs, rows, failed = trainings(names, folds, len(splits)), {}, []
+    if client is None: done = _in_turn(jobs, partial(do_training, work, dataset, steps=steps, seed=seed, device=device), shares, steps)
+    else: done = _side_by_side(client, work, jobs, partial(do_training, work, dataset, steps=steps, seed=seed), shares, device)
+    for (model, fold), row in done:
+        if isinstance(row, Exception): failed.append((model, fold, row)); print(f'{model}, fold {fold} failed: {row}', flush=True)
+        else: rows[model, fold] = row
+        _write_board(work)
+    rows, failed = [rows[j] for j in jobs if j in rows], sorted(failed, key=lambda f: jobs.index(f[:2]))
     if rows: write_json(work/'scores.json', rows)
     if failed: raise DataError(f'{len(failed)} of {len(jobs)} trainings failed, the others are done; the same command tries them again.\n' + '\n'.join(f'{m}, fold {k}: {e if isinstance(e, DataError) else f"{type(e).__name__}: {e}"}' for m, k, e in failed)) from failed[0][2]
     return rows
+
+def _in_turn(jobs, train, shares, steps):
+    "All trainings one after the other, each with its row or its error"
+    labels, lost = [f'{m}, fold {k}' for m, k in jobs], False
+    for (model, fold), job in zip(jobs, labels):
+        if model == '3d_cascade' and lost: continue # it would have nothing to go by
+        share, start = shares.minutes(job, labels), time.monotonic()
+        print(f'training {job}' + (f', {share:.1f} minutes' if share else f', {steps} steps' if steps else ', the paper\'s schedule'), flush=True)
+        try: row = train(model, fold, minutes=share); shares.done(job, (time.monotonic() - start) / 60)
+        except Exception as e: row, lost = e, lost or model == '3d_lowres'
+        yield (model, fold), row
+
+def _side_by_side(client, work, jobs, train, shares, device):
+    "All trainings by the workers of a cluster, in the order in which they end"
+    device, n = roll_call(client, work, device)
+    minutes = shares.side_by_side([f'{m}, fold {k}' for m, k in jobs], rounds(jobs, n))
+    each = f', {max(minutes.values()):.1f} minutes each' if any(minutes.values()) else ''
+    print(f'{len(jobs)} trainings on {n} worker{"s" * (n > 1)}{each}; what they say is in log.txt beside their weights', flush=True)
+    for job, row in run_jobs(client, work, jobs, partial(train, device=device), dict(zip(jobs, minutes.values())), device):
+        if not isinstance(row, Exception): print(f'{job[0]}, fold {job[1]} is done: Dice {"–" if row["dice"] is None else format(row["dice"], ".3f")}, {row["seconds"] / 60:.1f} minutes', flush=True)
+        yield job, row
 
 def _write_board(work):
     with atomic(work/'board.txt') as tmp: tmp.write_text(f'{board(work)}\n', encoding='utf-8')
@@ -207,18 +236,24 @@ def run(
     workers=None, # processes
     patients=None, # whose cases stay together, as for `read_patients`
     own=None, # folds of your own, as for `read_splits`
+    cluster=None, # where to do it, as for `cluster_client`; None: here
 ) -> Choice:
     "From a folder of scans and masks to trained and scored models, and the choice among them"
-    dataset, work = data if isinstance(data, Dataset) else scan(data), Path(work)
+    asked = dict(locals())
+    if isinstance(cluster, str):
+        with cluster_client(cluster) as client: return run(**asked | dict(cluster=client))
+    dataset, work = data if isinstance(data, Dataset) else scan(data), Path(work) if cluster is None else Path(work).absolute()
     print(dataset)
     if len(dataset) < 2: raise DataError(f'{dataset.root} holds {len(dataset)} case: at least 2 are needed, one to train on and one to judge by.')
-    device, ids = find_device(device), [c.id for c in dataset]
+    ids = [c.id for c in dataset]
     if patients is not None: read_patients(patients, ids) # a mistake in them shows before the hours of work
     if own is not None: read_splits(own, ids)
+    keep_apart(dataset, work)
+    device, workers = (find_device(device), workers) if cluster is None else (roll_call(cluster, work, device)[0], cluster)
     plan = prepare(dataset, work, models, hardware, workers)
     print(plan)
-    _announce(work, plan, asked_models(plan, models), workers, device)
-    try: rows = cross_validate(work, dataset, models, folds, minutes, steps, seed, device, patients, own)
+    if cluster is None: _announce(work, plan, asked_models(plan, models), workers, device)
+    try: rows = cross_validate(work, dataset, models, folds, minutes, steps, seed, device, patients, own, cluster)
     except DataError: print(f'\nThe report so far: {report(work, dataset)}'); raise
     print('\nDice on scans that were held out\n' + score_table(rows))
     choice = choose(work, dataset, asked_models(plan, models), workers)
