@@ -6,8 +6,9 @@
 __all__ = ['ANYTHING', 'FLAG', 'TEXT', 'write_json', 'read_json', 'Kind', 'whole_number', 'real_number', 'one_of', 'shown',
            'flaw', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress', 'pmap']
 
-# %% ../nbs/00_cases.ipynb #bc9c0fd6
-import json, math, re, reprlib, sys
+# %% ../nbs/00_cases.ipynb #f289e6a5
+import json, math, os, re, reprlib, sys, threading, time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -183,10 +184,39 @@ def progress(
     bar.comment = desc
     return bar
 
-# %% ../nbs/00_cases.ipynb #b268fb5e
-def _try(f, item):
-    try: return item, f(item)
-    except Exception as e: return item, e
+# %% ../nbs/00_cases.ipynb #46031c39
+def _end_with(parent):
+    "Let this process end soon after the one that started it"
+    name = f'ends with {parent}'
+    if os.getppid() != parent or name in [t.name for t in threading.enumerate()]: return
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, name=name, daemon=True).start()
+
+def _try(f, i, item, parent):
+    _end_with(parent)
+    try: return i, f(item)
+    except Exception as e: return i, e
+
+def _alone(f, item):
+    "The result of `f` in a process that does nothing else, or an exception"
+    try: return Parallel(n_jobs=2)([delayed(_try)(f, 0, item, os.getpid())])[0][1] # 1 would be this process
+    except BrokenProcessPool as e:
+        how = re.search(r'\{(.*)\}', str(e))
+        first = item[0] if isinstance(item, tuple) else item
+        return DataError(f'case {getattr(first, "id", first)}: its process was killed{f" ({how[1]})" if how else ""}, most likely because the memory ran out; free some, or leave the case out')
+
+def _each(f, items, workers):
+    "(item, result) as they finish; an item that kills its process is found out"
+    left, given = dict(enumerate(items)), []
+    def calls():
+        for i, o in list(left.items()): given.append(i); yield delayed(_try)(f, i, o, os.getpid())
+    while left:
+        try:
+            for i, r in Parallel(n_jobs=workers or -1, return_as='generator_unordered')(calls()): yield left.pop(i), r
+        except BrokenProcessPool:
+            for i in [i for i in given if i in left]: o = left.pop(i); yield o, _alone(f, o)
 
 def pmap(
     f, # function of one item
@@ -196,6 +226,4 @@ def pmap(
 ):
     "Yield (item, result) as they finish; where `f` failed, the result is the exception"
     items = list(items)
-    if not items: return
-    run = Parallel(n_jobs=workers or -1, return_as='generator_unordered')
-    yield from progress(run(delayed(_try)(f, o) for o in items), len(items), desc)
+    if items: yield from progress(_each(f, items, workers), len(items), desc)
