@@ -97,13 +97,13 @@ def test_a_run_killed_ten_times_ends_with_the_same_files(base):
     assert [f for f in sorted(files(whole)) if content(whole/f) != content(killed/f)] == []
 
 class Kill(Callback):
-    "Ends everything at one batch or epoch, as if the power was cut"
+    "Ends everything at one batch, epoch or at the end, as if the power was cut"
     order = 85 # when the checkpoint is written
     def __init__(self, at): self.left = at
     def after_batch(self):
         self.left -= 1
         if self.left == 0: raise InterruptedError('killed')
-    after_epoch = after_batch
+    after_epoch = after_cancel_fit = after_batch
 
 class Short(PaperSchedule):
     "The paper's rule in fast motion: it stops by itself after three epochs"
@@ -116,14 +116,14 @@ def test_the_papers_schedule_killed_in_the_middle_of_an_epoch(base):
     plan = make_plan(extract_fingerprint(data, work, workers=1), 'cpu')
     cases, c = preprocess(data, plan, work, workers=1), plan.models['2d']
     def train(folder, at=0):
-        learn = get_learner(patch_dls(cases[:2], cases[2:], c, steps=3, valid_steps=2), c, schedule=Short(), folder=folder, cbs=[Kill(at)])
+        learn = get_learner(patch_dls(cases[:2], cases[2:], c, steps=2, valid_steps=1), c, schedule=Short(), folder=folder, cbs=[Kill(at)])
         learn.checkpoint.every = 0
         try: fit_learner(learn)
         except InterruptedError: return None
         return {k: v.clone() for k, v in learn.model.state_dict().items()}, timeless(learn.journal.history)
     weights, history = train(work/'whole')
-    assert [r['step'] for r in history] == [3, 6, 9]
-    for at in range(1, 3 * (3 + 2 + 1) + 1):
+    assert [r['step'] for r in history] == [2, 4, 6]
+    for at in range(1, 3 * (2 + 1 + 1) + 1):
         assert train(work/str(at), at) is None
         w, h = train(work/str(at))
         assert h == history and all(torch.equal(w[k], weights[k]) for k in weights), at
@@ -144,22 +144,20 @@ def test_workers_end_when_their_parent_is_killed():
     for c in alive: c.kill()
     assert len(children) >= 2 and not alive
 
-def prepare_or_die(case, **kw):
-    if case.id.endswith('2'): os.kill(os.getpid(), signal.SIGKILL)
-    return _prepare(case, **kw)
-
 def test_a_case_that_kills_its_process_is_named_and_the_others_are_done(tmp_path, monkeypatch):
     data = make_phantoms(tmp_path/'scans', n=5, shape=(12, 20, 20), seed=4)
     plan = make_plan(extract_fingerprint(data, tmp_path, workers=1), 'cpu')
+    def prepare_or_die(case, **kw): # a function in a function is sent to the workers as it is
+        if case.id.endswith('2'): os.kill(os.getpid(), signal.SIGKILL)
+        return _prepare(case, **kw)
     monkeypatch.setattr('autounet_nb.preprocess._prepare', prepare_or_die)
     with pytest.raises(DataError, match='1 of 5 cases .*\ncase phantom_002: its process was killed .SIGKILL') as e: preprocess(data, plan, tmp_path, workers=2)
     assert str(e.value).count('case phantom') == 1
     assert {f.stem for f in (tmp_path/'prep'/'full').glob('*.json')} == {c.id for c in data if c.id != 'phantom_002'}
 
-def die_twice(i):
-    if i in (3, 7): os.kill(os.getpid(), signal.SIGKILL)
-    return i
-
 def test_two_that_kill_their_process():
-    res = dict(pmap(die_twice, range(10), 2))
+    def die(i):
+        if i in (3, 7): os.kill(os.getpid(), signal.SIGKILL)
+        return i
+    res = dict(pmap(die, range(10), 2))
     assert {i for i, r in res.items() if isinstance(r, DataError)} == {3, 7} and all(res[i] == i for i in set(range(10)) - {3, 7})
