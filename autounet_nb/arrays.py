@@ -6,13 +6,14 @@
 __all__ = ['DataError', 'split_name', 'Geometry', 'is_series', 'read_image', 'channel_names', 'read_label', 'atomic',
            'write_like']
 
-# %% ../nbs/00_arrays.ipynb #d427b34d
-import gzip, math, os, re, zlib
+# %% ../nbs/00_arrays.ipynb #d82ba435
+import gzip, math, os, platform, re, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from glob import escape
 from itertools import islice
 from pathlib import Path
-import numpy as np, SimpleITK as sitk
+import numpy as np, psutil, SimpleITK as sitk
 
 # %% ../nbs/00_arrays.ipynb #b141fd32
 sitk.ProcessObject.GlobalWarningDisplayOff() # what ITK would warn of is raised here, in one sentence
@@ -336,7 +337,14 @@ def read_label(
     if bad.size: raise DataError(f'{path}: a mask holds whole numbers, this one also {bad[0]:g}; save it anew with nearest-neighbour interpolation', 'not-whole')
     return whole, g
 
-# %% ../nbs/00_arrays.ipynb #07910e5d
+# %% ../nbs/00_arrays.ipynb #c2123124
+_HERE = f'{zlib.crc32(platform.node().encode()) & 0xffff:04x}' # this machine, in four letters
+
+def _left_behind(path):
+    "Hidden files beside `path` of processes of this machine that died while they wrote it"
+    found = ((f.name.split('.')[1], f) for f in path.parent.glob(f'.*.{_HERE}.{escape(path.name)}'))
+    return [f for pid, f in found if pid.isdigit() and not psutil.pid_exists(int(pid))]
+
 @contextmanager
 def atomic(
     path, # of the file that shall appear
@@ -344,7 +352,8 @@ def atomic(
     "A hidden path beside `path` to write to; moved to `path` at the end, removed where something fails"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{os.getpid()}.{path.name}')
+    for f in _left_behind(path): f.unlink(missing_ok=True)
+    tmp = path.with_name(f'.{os.getpid()}.{_HERE}.{path.name}')
     try:
         yield tmp
         os.replace(tmp, path)

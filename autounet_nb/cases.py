@@ -7,7 +7,8 @@ __all__ = ['ANYTHING', 'FLAG', 'TEXT', 'write_json', 'read_json', 'Kind', 'whole
            'flaw', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress', 'pmap']
 
 # %% ../nbs/00_cases.ipynb #df9d4d42
-import json, math, re, reprlib, sys
+import json, math, os, re, reprlib, sys, threading, time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from html import escape
@@ -185,9 +186,38 @@ def progress(
     return bar
 
 # %% ../nbs/00_cases.ipynb #c4e610a5
-def _try(f, item):
-    try: return item, f(item)
-    except Exception as e: return item, e
+def _end_with(parent):
+    "Let this process end soon after the one that started it"
+    name = f'ends with {parent}'
+    if os.getppid() != parent or name in [t.name for t in threading.enumerate()]: return
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, name=name, daemon=True).start()
+
+def _try(f, i, item, parent):
+    _end_with(parent)
+    try: return i, f(item)
+    except Exception as e: return i, e
+
+def _alone(f, item):
+    "The result of `f` in a process that does nothing else, or an exception"
+    try: return Parallel(n_jobs=2)([delayed(_try)(f, 0, item, os.getpid())])[0][1] # 1 would be this process
+    except BrokenProcessPool as e:
+        how = re.search(r'\{(.*)\}', str(e))
+        first = item[0] if isinstance(item, tuple) else item
+        return DataError(f'case {getattr(first, "id", first)}: its process was killed{f" ({how[1]})" if how else ""}, most likely because the memory ran out; free some, or leave the case out')
+
+def _each(f, items, workers):
+    "(item, result) as they finish; an item that kills its process is found out"
+    left, given = dict(enumerate(items)), []
+    def calls():
+        for i, o in list(left.items()): given.append(i); yield delayed(_try)(f, i, o, os.getpid())
+    while left:
+        try:
+            for i, r in Parallel(n_jobs=workers or -1, return_as='generator_unordered')(calls()): yield left.pop(i), r
+        except BrokenProcessPool:
+            for i in [i for i in given if i in left]: o = left.pop(i); yield o, _alone(f, o)
 
 def _on_cluster(client, f, items):
     "The same by the workers of a Dask cluster; where an item kills them, its result is an error that names it"
@@ -208,7 +238,4 @@ def pmap(
 ):
     "Yield (item, result) as they finish; where `f` failed, the result is the exception"
     items = list(items)
-    if not items: return
-    if hasattr(workers, 'submit'): done = _on_cluster(workers, f, items)
-    else: done = Parallel(n_jobs=workers or -1, return_as='generator_unordered')(delayed(_try)(f, o) for o in items)
-    yield from progress(done, len(items), desc)
+    if items: yield from progress(_on_cluster(workers, f, items) if hasattr(workers, 'submit') else _each(f, items, workers), len(items), desc)

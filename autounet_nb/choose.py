@@ -21,7 +21,7 @@ from .predict import *
 from .evaluate import *
 from .crossval import *
 
-# %% ../nbs/14c_choose.ipynb #7355cb3a
+# %% ../nbs/14c_choose.ipynb #012172b8
 def scored_folds(
     work, # work folder
     model, # name
@@ -49,7 +49,7 @@ def _segment_all(work, plan, models, folds, out, largest=True, workers=None):
     suffix = next(split_name(f)[1] for f in (fold_folder(work, models[0], folds[0])/'validation'/'masks').iterdir())
     tasks = [(id, k, Path(out)/f'{id}{suffix}') for k in folds for id in held_out(work, k)]
     done = pmap(partial(_segment, work=work, plan=plan, models=models, largest=largest), tasks, 1 if len(tasks) <= FEW else workers, desc=f'averaging {"+".join(models)}')
-    failed = [f'case {t[0]}: {e}' for t, e in done if isinstance(e, Exception)]
+    failed = [str(e) if isinstance(e, DataError) else f'case {t[0]}: {type(e).__name__}: {e}' for t, e in done if isinstance(e, Exception)]
     if failed: raise DataError('; '.join(failed))
     return {id: path for id, _, path in tasks}
 

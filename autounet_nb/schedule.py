@@ -33,28 +33,30 @@ class ForegroundDice(Metric):
     @property
     def name(self): return 'dice'
 
-# %% ../nbs/10b_schedule.ipynb #9e192678
+# %% ../nbs/10b_schedule.ipynb #433992a6
 BEAT = 5 # seconds after which `progress.json` is written again
 
 class Journal(Callback):
     "Counts steps and seconds, collects losses and Dice per epoch, and writes them to `folder`"
     order = 65
-    def __init__(self, folder=None, talk=False): self.folder, self.talk, self.history, self.step, self.seconds = folder and Path(folder), talk, [], 0, 0.
+    def __init__(self, folder=None, talk=False): 
+        self.folder, self.talk, self.history, self.step, self.seconds = folder and Path(folder), talk, [], 0, 0.
+        self.losses = {True: [0., 0], False: [0., 0]} # training or not → sum of the losses of this epoch, and of how many batches
+
+    @property
+    def done(self): return self.losses[True][1] # training batches of this epoch so far
 
     def before_fit(self): self.started, self.beat = time.monotonic() - self.seconds, -BEAT
+    def before_validate(self): self.losses[False] = [0., 0]
     def before_train(self):
-        self.losses = {True: [0., 0], False: [0., 0]}
         self.dls.train.dataset.first = self.step * self.dls.train.bs
-        self._tell_step()
-
-    def _tell_step(self):
         for cb in self.learn.cbs:
-            if isinstance(cb, Augment): cb.step = self.step
+            if isinstance(cb, Augment): cb.step = self.step # and counts on by itself
 
     def after_batch(self):
         total = self.losses[self.training]
         total[0], total[1] = total[0] + self.learn.loss.detach(), total[1] + 1
-        if self.training: self.step += 1; self._tell_step()
+        if self.training: self.step += 1
         self.seconds = time.monotonic() - self.started
         if self.folder and self.seconds - self.beat > BEAT: self._beat()
 
@@ -72,6 +74,7 @@ class Journal(Callback):
         mean = lambda k: float(self.losses[k][0]) / self.losses[k][1] if self.losses[k][1] else None
         self.history.append(dict(epoch=len(self.history), step=self.step, seconds=round(self.seconds, 1), lr=self.opt.hypers[-1]['lr'],
                                  train_loss=mean(True), valid_loss=mean(False), dice=self.recorder.log[-2] if len(self.recorder.log) > 3 else None))
+        self.losses = {True: [0., 0], False: [0., 0]}
         if self.folder: write_history(self.folder, self.history)
         if self.talk: print(self._line(), flush=True)
 
@@ -111,7 +114,7 @@ def write_history(folder, history):
     with atomic(folder/'history.csv') as tmp: tmp.write_text(text.getvalue(), encoding='utf-8')
     with atomic(folder/'curves.png') as tmp: plot_history(history).savefig(tmp, format='png', dpi=100)
 
-# %% ../nbs/10b_schedule.ipynb #db5eee6e
+# %% ../nbs/10b_schedule.ipynb #61498f70
 class PaperSchedule(Callback):
     "Adam's learning rate and the end of training from two moving averages (Training Procedure)"
     order = 70
@@ -134,6 +137,11 @@ class PaperSchedule(Callback):
         if s['since_train'] >= self.patience_lr: s['lr'], s['since_train'] = s['lr'] / self.factor, 0
         return s['since_valid'] >= self.patience_stop and s['lr'] < self.min_lr
 
+    def used(self):
+        "Were there as many epochs as there may be?"
+        return len(self.learn.journal.history) >= self.max_epochs
+
+    def before_epoch(self): self.dls.train.n = len(self.dls.train.dataset) - self.learn.journal.done * self.dls.train.bs
     def before_train(self): self.opt.set_hypers(lr=self.state['lr'])
     def after_epoch(self):
         row = self.learn.journal.history[-1]
@@ -149,7 +157,7 @@ def one_cycle(
     up = lambda x: (1 - np.cos(np.pi * min(max(x, 0), 1))) / 2
     return float(peak * (.04 + .96 * up(p / warmup)) if p < warmup else peak * (1 - up((p - warmup) / (1 - warmup))) + 1e-8)
 
-# %% ../nbs/10b_schedule.ipynb #e4da644b
+# %% ../nbs/10b_schedule.ipynb #863f132a
 VALID_STEPS = 10 # validation batches of an epoch on a budget, at most
 
 class Budget(Callback):
@@ -168,17 +176,18 @@ class Budget(Callback):
         return (time.monotonic() - j.started) / max(1, 60 * self.minutes - self.state.get('valid_seconds', 0))
 
     def used(self):
-        "Is nothing of the budget left, before training has begun again?"
+        "Is nothing of the budget left, before training has begun again, and no epoch to be ended?"
         j = self.learn.journal
-        return len(j.history) >= self.epochs or (j.step >= self.steps if self.steps else j.seconds >= 60 * self.minutes)
+        return len(j.history) >= self.epochs or not j.done and (j.step >= self.steps if self.steps else j.seconds >= 60 * self.minutes)
 
     def before_epoch(self):
         j, left = self.learn.journal, max(1, self.epochs - len(self.learn.journal.history))
-        if self.steps: n = -(-(self.steps - j.step) // left)
-        elif 'step_seconds' in self.state: n = 60 * self.minutes * (1 - self.progress()) / (self.state['step_seconds'] * left)
+        if self.steps: n = -(-(self.steps - j.step + j.done) // left)
+        elif 'step_seconds' in self.state: n = j.done + 60 * self.minutes * (1 - self.progress()) / (self.state['step_seconds'] * left)
         else: n = 10
-        self.dls.train.n = max(1, int(n)) * self.dls.train.bs
-        self.dls.valid.n = min(VALID_STEPS, max(2, int(n) // 5)) * self.dls.valid.bs
+        n = max(1, int(n))
+        self.dls.train.n = max(0, n - j.done) * self.dls.train.bs
+        self.dls.valid.n = min(VALID_STEPS, max(2, n // 5)) * self.dls.valid.bs
 
     def before_train(self): self.train_started, self.first_step = time.monotonic(), self.learn.journal.step
     def before_validate(self): self.valid_started = time.monotonic()
@@ -187,7 +196,7 @@ class Budget(Callback):
     def after_batch(self):
         if self.training and self.progress() >= 1: raise CancelTrainException()
     def after_validate(self):
-        now, steps = time.monotonic(), max(1, self.learn.journal.step - self.first_step)
-        self.state = dict(valid_seconds=now - self.valid_started, step_seconds=(now - self.train_started) / steps) # validation included
+        now, steps = time.monotonic(), self.learn.journal.step - self.first_step
+        if steps: self.state = dict(valid_seconds=now - self.valid_started, step_seconds=(now - self.train_started) / steps) # validation included
     def after_epoch(self):
         if self.progress() >= 1: raise CancelFitException()
