@@ -98,6 +98,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'autounet_nb.cases.Kind': ('cases.html#kind', 'autounet_nb/cases.py'),
                                    'autounet_nb.cases.Scan': ('cases.html#scan', 'autounet_nb/cases.py'),
                                    'autounet_nb.cases._alone': ('cases.html#_alone', 'autounet_nb/cases.py'),
+                                   'autounet_nb.cases._attempt': ('cases.html#_attempt', 'autounet_nb/cases.py'),
                                    'autounet_nb.cases._each': ('cases.html#_each', 'autounet_nb/cases.py'),
                                    'autounet_nb.cases._end_with': ('cases.html#_end_with', 'autounet_nb/cases.py'),
                                    'autounet_nb.cases._number': ('cases.html#_number', 'autounet_nb/cases.py'),

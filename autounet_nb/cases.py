@@ -195,10 +195,14 @@ def _end_with(parent):
         os._exit(1)
     threading.Thread(target=watch, name=name, daemon=True).start()
 
+def _attempt(f, item):
+    "The result of `f`, or the exception in its place"
+    try: return f(item)
+    except Exception as e: return e
+
 def _try(f, i, item, parent):
     _end_with(parent)
-    try: return i, f(item)
-    except Exception as e: return i, e
+    return i, _attempt(f, item)
 
 def _alone(f, item):
     "The result of `f` in a process that does nothing else, or an exception"
@@ -222,13 +226,13 @@ def _each(f, items, workers):
 def _on_cluster(client, f, items):
     "The same by the workers of a Dask cluster; where an item kills them, its result is an error that names it"
     from distributed import KilledWorker, as_completed
-    waiting = dict(zip(client.map(partial(_try, f), items, pure=False), items))
+    waiting = dict(zip(client.map(partial(_attempt, f), items, pure=False), items))
     for future in as_completed(list(waiting), loop=client.loop):
         item, error = waiting.pop(future), future.exception()
         if isinstance(error, KilledWorker):
             name = getattr(item, 'id', None) or (item[0] if isinstance(item, tuple) else item)
             error = DataError(f'case {name}: the worker that was on it died, and so did those that took it up again; look whether they have enough memory')
-        yield item, error or future.result()[1]
+        yield item, future.result() if error is None else error
 
 def pmap(
     f, # function of one item
