@@ -9,12 +9,13 @@ __all__ = ['SILENCE', 'trainings', 'Training', 'training_state', 'Board', 'board
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-import os, platform, time
+import platform, psutil, time
 from .data import *
 from .config import *
 from .plan import *
 from .schedule import *
 from .train import *
+from .ensemble import *
 from .crossval import *
 
 # %% ../nbs/14d_board.ipynb #98e39d16
@@ -39,10 +40,7 @@ def _read(path): # a small file that may be written or removed at this moment
 def _alive(p):
     "Does the process still live that left this sign of life?"
     if p.get('host') != platform.node() or not isinstance(p.get('pid'), int): return time.time() - p.get('at', 0) < SILENCE
-    try: os.kill(p['pid'], 0)
-    except ProcessLookupError: return False
-    except PermissionError: pass
-    return True
+    return psutil.pid_exists(p['pid'])
 
 @dataclass(frozen=True)
 class Training:
@@ -64,12 +62,11 @@ def training_state(
     if failed: return res('failed', f'{failed.get("error")}' + _resumable(folder))
     if beat and _alive(beat): return res('running', _running(beat))
     done = finished_training(folder)
-    if done and scores: return res('done', f'Dice {_number(_mean_dice(scores))}, {done.get("seconds", 0) / 60:.1f} minutes')
+    if done and scores: return res('done', f'Dice {_number(mean_dice(scores))}, {done.get("seconds", 0) / 60:.1f} minutes')
     if done: return res('trained', 'its held-out cases are not scored yet')
     return res('stopped', 'can go on' + _resumable(folder)) if (folder/'checkpoint.safetensors').exists() else res('waiting', '')
 
 def _number(v): return f'{v:.3f}' if isinstance(v, (int, float)) else '–'
-def _mean_dice(scores): return scores['mean'].get('dice') if isinstance(scores.get('mean'), dict) else None # they may be damaged
 
 def _running(b):
     left = '' if b.get('left') is None else f', about {b["left"] / 60:.1f} minutes left'

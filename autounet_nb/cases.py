@@ -204,13 +204,17 @@ def _try(f, i, item, parent):
     _end_with(parent)
     return i, _attempt(f, item)
 
+def _called(item):
+    "The name of a case, or of that which a task begins with"
+    first = item[0] if isinstance(item, tuple) else item
+    return getattr(first, 'id', first)
+
 def _alone(f, item):
     "The result of `f` in a process that does nothing else, or an exception"
     try: return Parallel(n_jobs=2)([delayed(_try)(f, 0, item, os.getpid())])[0][1] # 1 would be this process
     except BrokenProcessPool as e:
         how = re.search(r'\{(.*)\}', str(e))
-        first = item[0] if isinstance(item, tuple) else item
-        return DataError(f'case {getattr(first, "id", first)}: its process was killed{f" ({how[1]})" if how else ""}, most likely because the memory ran out; free some, or leave the case out')
+        return DataError(f'case {_called(item)}: its process was killed{f" ({how[1]})" if how else ""}, most likely because the memory ran out; free some, or leave the case out')
 
 def _each(f, items, workers):
     "(item, result) as they finish; an item that kills its process is found out"
@@ -230,8 +234,7 @@ def _on_cluster(client, f, items):
     for future in as_completed(list(waiting), loop=client.loop):
         item, error = waiting.pop(future), future.exception()
         if isinstance(error, KilledWorker):
-            name = getattr(item, 'id', None) or (item[0] if isinstance(item, tuple) else item)
-            error = DataError(f'case {name}: the worker that was on it died, and so did those that took it up again; look whether they have enough memory')
+            error = DataError(f'case {_called(item)}: the worker that was on it died, and so did those that took it up again; look whether they have enough memory')
         yield item, future.result() if error is None else error
 
 def pmap(
