@@ -997,6 +997,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'autounet_nb.unet._count': ('unet.html#_count', 'autounet_nb/unet.py'),
                                   'autounet_nb.unet._he_init': ('unet.html#_he_init', 'autounet_nb/unet.py'),
                                   'autounet_nb.unet._layer': ('unet.html#_layer', 'autounet_nb/unet.py'),
+                                  'autounet_nb.unet._start_rare': ('unet.html#_start_rare', 'autounet_nb/unet.py'),
                                   'autounet_nb.unet._structure': ('unet.html#_structure', 'autounet_nb/unet.py'),
                                   'autounet_nb.unet.build_unet': ('unet.html#build_unet', 'autounet_nb/unet.py'),
                                   'autounet_nb.unet.describe': ('unet.html#describe', 'autounet_nb/unet.py')},
