@@ -19,6 +19,6 @@ setup(
     packages=[cfg['lib_name']],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'explore', 'cluster', 'docs')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'explore', 'cluster', 'multigpu', 'docs')},
     entry_points={'console_scripts': [cfg['console_scripts']], 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

@@ -6,7 +6,7 @@
 __all__ = ['augment_2d', 'augment_3d', 'FLAT', 'FEW_CASES', 'AugmentParams', 'flat_axis', 'Drawn', 'draw', 'spatial', 'gamma',
            'mirror', 'gentle', 'params_of', 'augment', 'step_generator', 'Augment']
 
-# %% ../nbs/09_augment.ipynb #d751f3ea
+# %% ../nbs/09_augment.ipynb #d38c53f7
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import math
 import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from .data import *
+from .together import *
 
 # %% ../nbs/09_augment.ipynb #7be689ab
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def params_of(
     params = augment_3d if len(patch) == 3 and flat_axis(patch) is None else augment_2d
     return gentle(params) if short else params
 
-# %% ../nbs/09_augment.ipynb #b04bdf15
+# %% ../nbs/09_augment.ipynb #a57ba021
 def augment(
     x, # images, (b, c, *patch)
     y, # class indices, (b, *patch)
@@ -216,7 +217,7 @@ def augment(
     patch = x.shape[2:]
     params = params or params_of(patch)
     if y.shape != x.shape[:1] + patch: raise DataError(f'Images of shape {tuple(x.shape)} need classes of shape {(len(x), *patch)}, not {tuple(y.shape)}.')
-    drawn = draw(params, x.shape, generator)
+    drawn = Drawn(*map(own_part, draw(params, (len(x) * place()[1], *x.shape[1:]), generator))) # several processes may share a batch
     x, y = spatial(x, y, drawn)
     return mirror(gamma(x, drawn), y, drawn)
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MORPHS', 'LARGEST_LOST', 'P_MORPH', 'P_LOSE', 'MAX_REACH', 'morph', 'lose_piece', 'disturb', 'one_hot', 'FirstStage']
 
-# %% ../nbs/09b_disturb.ipynb #6682ce04
+# %% ../nbs/09b_disturb.ipynb #90747514
 import cc3d, numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from .data import *
+from .together import *
 from .augment import *
 
 # %% ../nbs/09b_disturb.ipynb #0fa49254
@@ -47,7 +48,7 @@ def lose_piece(
     gone = torch.from_numpy(pieces == small[min(int(u * len(small)), len(small) - 1)]).to(mask.device)
     return torch.where(gone, 0, mask)
 
-# %% ../nbs/09b_disturb.ipynb #75881e40
+# %% ../nbs/09b_disturb.ipynb #63f0631e
 P_MORPH, P_LOSE, MAX_REACH = .4, .2, 4
 
 def disturb(
@@ -58,8 +59,9 @@ def disturb(
 ):
     "A batch of masks with random mistakes"
     b, fine, out = len(masks), min(spacing), masks.clone()
-    change, how, reach = (torch.rand(b, classes, generator=generator) for _ in range(3))
-    lose, which = (torch.rand(b, generator=generator).tolist() for _ in range(2))
+    rand = lambda *size: own_part(torch.rand(b * place()[1], *size, generator=generator)) # several processes may share a batch
+    change, how, reach = (rand(classes) for _ in range(3))
+    lose, which = (rand().tolist() for _ in range(2))
     for i, k in (change < P_MORPH).nonzero().tolist():
         if k == 0 or not (out[i] == k).any(): continue
         r = 1 + int(reach[i, k] * MAX_REACH)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SoftDice', 'DiceCELoss']
 
-# %% ../nbs/08_loss.ipynb #80dcb4fd
+# %% ../nbs/08_loss.ipynb #946f1618
 import torch, torch.nn.functional as F
 from torch import nn
 from .data import *
+from .together import *
 
-# %% ../nbs/08_loss.ipynb #d2470369
+# %% ../nbs/08_loss.ipynb #81930673
 def _single(x):
     "At least single precision: sums over a patch overflow in half precision"
     return x if x.dtype == torch.float64 else x.float()
@@ -39,6 +40,7 @@ class SoftDice(nn.Module):
         v = torch.zeros_like(u).scatter_(1, target[:, None], 1)
         axes = [i for i in range(u.ndim) if i > 1 or (i == 0 and self.dice == 'batch')]
         overlap, sizes = (u * v).sum(axes), u.sum(axes) + v.sum(axes)
+        if self.dice == 'batch': overlap, sizes = total(torch.stack([overlap, sizes])) # several processes may share a batch
         dice = 2 * overlap / sizes.clamp(min=1e-8) # per class, or per sample and class
         return -dice[..., 0 if self.background else 1:].mean()
 

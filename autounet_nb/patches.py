@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['MIN_FOREGROUND', 'patch_start', 'read_patch', 'forced_foreground', 'PatchDataset', 'patch_dls']
 
-# %% ../nbs/10_patches.ipynb #39e5e035
+# %% ../nbs/10_patches.ipynb #0099608b
+import os
 import numpy as np, torch
+from torch.utils.data import get_worker_info
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from .data import *
 from .plan import *
 from .preprocess import *
+from .together import *
 
 # %% ../nbs/10_patches.ipynb #12f159ac
 def patch_start(
@@ -50,7 +53,7 @@ def forced_foreground(
     "How many samples of a batch have to contain a chosen foreground class: more than a third"
     return int(batch * MIN_FOREGROUND) + 1
 
-# %% ../nbs/10_patches.ipynb #b9aebba3
+# %% ../nbs/10_patches.ipynb #031c7b20
 class PatchDataset:
     "Random patches of preprocessed cases; item `i` depends on `seed` and `i` alone"
     def __init__(self,
@@ -58,9 +61,14 @@ class PatchDataset:
         config, # ModelConfig
         steps=250, # batches in an epoch (Training Procedure)
         seed=0,
+        workers=0, # processes that load, whose work is to be followed
     ):
         if not cases: raise DataError(f'There is no case to train or validate model {config.name} on.')
-        self.cases, self.config, self.steps, self.seed, self.first = list(cases), config, steps, seed, 0
+        self.cases, self.config, self.steps, self.seed, self.first = list(cases), config, steps, seed, 0 # `first`: the step with which it begins
+        self.rank, n = place()
+        self.part = config.batch // n # samples of a batch that this process loads
+        if config.batch % n: raise DataError(f'Model {config.name} has batches of {config.batch}, which {n} processes cannot share equally.')
+        self.at = torch.zeros(workers, 2, dtype=torch.int64).share_memory_() # process number and case of each that loads
         self.size = list(config.patch)
         if config.dim == 2: self.size.insert(config.slice_axis, 1)
         self.holders = {} # class → cases that contain it
@@ -68,29 +76,36 @@ class PatchDataset:
             for k in c.points: self.holders.setdefault(k, []).append(i)
         self.classes = sorted(self.holders)
 
-    def __len__(self): return self.steps * self.config.batch
+    def __len__(self): return self.steps * self.part
+
+    def loading(self, pids):
+        "The cases at which these processes were that load"
+        return [self.cases[case].id for pid, case in self.at.tolist() if pid in pids]
 
     def _draw(self, i):
-        "Case and first voxel of item `i`"
+        "Number of the case and first voxel of item `i`"
         rng = np.random.default_rng([self.seed, i])
         voxel = None
         if i % self.config.batch < forced_foreground(self.config.batch) and self.classes:
             k = self.classes[rng.integers(len(self.classes))]
-            case = self.cases[self.holders[k][rng.integers(len(self.holders[k]))]]
-            voxel = case.points[k][rng.integers(len(case.points[k]))]
-        else: case = self.cases[rng.integers(len(self.cases))]
-        start = patch_start(case.label.shape, self.size, rng, voxel)
+            case = self.holders[k][rng.integers(len(self.holders[k]))]
+            voxel = self.cases[case].points[k][rng.integers(len(self.cases[case].points[k]))]
+        else: case = int(rng.integers(len(self.cases)))
+        start = patch_start(self.cases[case].label.shape, self.size, rng, voxel)
         if voxel is not None and self.config.dim == 2: start[self.config.slice_axis] = voxel[self.config.slice_axis]
         return case, start
 
     def __getitem__(self, i):
-        case, start = self._draw(self.first + i)
+        step, j = divmod(i, self.part)
+        k, start = self._draw((self.first + step) * self.config.batch + self.rank * self.part + j)
+        if (me := get_worker_info()) and me.id < len(self.at): self.at[me.id] = torch.tensor([os.getpid(), k])
+        case = self.cases[k]
         x, y = read_patch(case.image, start, self.size), read_patch(case.label, start, self.size).astype(np.int64)
         if case.first: y += self.config.classes * read_patch(case.first_stage, start, self.size)
         if self.config.dim == 2: x, y = x.squeeze(self.config.slice_axis + 1), y.squeeze(self.config.slice_axis)
         return torch.from_numpy(x), torch.from_numpy(y)
 
-# %% ../nbs/10_patches.ipynb #c2c9faf8
+# %% ../nbs/10_patches.ipynb #cc564631
 def patch_dls(
     train, # list of Prepared
     valid, # list of Prepared
@@ -102,6 +117,6 @@ def patch_dls(
     device='cpu',
 ):
     "fastai DataLoaders of image patches (b, c, *patch) float32 and class indices (b, *patch) int64"
-    dls = [DataLoader(PatchDataset(cases, config, n, s), bs=config.batch, num_workers=workers, device=torch.device(device), pin_memory=str(device) != 'cpu')
+    dls = [DataLoader(ds := PatchDataset(cases, config, n, s, workers), bs=ds.part, num_workers=workers, device=torch.device(device), pin_memory=str(device) != 'cpu')
            for cases, n, s in ((train, steps, 2 * seed), (valid, valid_steps, 2 * seed + 1))]
     return DataLoaders(*dls, device=torch.device(device))

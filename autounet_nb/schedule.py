@@ -6,7 +6,7 @@
 __all__ = ['BEAT', 'VALID_STEPS', 'ForegroundDice', 'Journal', 'plot_history', 'read_history', 'write_history', 'PaperSchedule',
            'one_cycle', 'Budget']
 
-# %% ../nbs/10b_schedule.ipynb #c2d1a651
+# %% ../nbs/10b_schedule.ipynb #7dd21b90
 from pathlib import Path
 import csv, io, math, os, platform, time
 import numpy as np, torch
@@ -14,16 +14,18 @@ from fastai.callback.core import Callback, CancelFitException, CancelTrainExcept
 from fastai.learner import Metric
 from .data import *
 from .augment import *
+from .together import *
 
-# %% ../nbs/10b_schedule.ipynb #aeedbfad
+# %% ../nbs/10b_schedule.ipynb #53ba4a2c
 class ForegroundDice(Metric):
     "Mean over foreground classes of Dice on all validation patches taken together"
     def reset(self): self.overlap, self.size = 0, 0
     def accumulate(self, learn):
         k = torch.arange(1, learn.pred.shape[1], device=learn.pred.device)
         p, y = learn.pred.argmax(1).flatten(), learn.y.flatten()
-        hit = torch.bincount(y[p == y], minlength=len(k) + 1)[k]
-        self.overlap, self.size = self.overlap + hit, self.size + torch.bincount(p, minlength=len(k) + 1)[k] + torch.bincount(y, minlength=len(k) + 1)[k]
+        count = lambda v: torch.bincount(v, minlength=len(k) + 1)[k]
+        overlap, size = total(torch.stack([count(y[p == y]), count(p) + count(y)]))
+        self.overlap, self.size = self.overlap + overlap, self.size + size
     @property
     def value(self):
         "None before anything was seen; classes that are nowhere don't count"
@@ -33,7 +35,7 @@ class ForegroundDice(Metric):
     @property
     def name(self): return 'dice'
 
-# %% ../nbs/10b_schedule.ipynb #433992a6
+# %% ../nbs/10b_schedule.ipynb #8d9547bf
 BEAT = 5 # seconds after which `progress.json` is written again
 
 class Journal(Callback):
@@ -49,15 +51,15 @@ class Journal(Callback):
     def before_fit(self): self.started, self.beat = time.monotonic() - self.seconds, -BEAT
     def before_validate(self): self.losses[False] = [0., 0]
     def before_train(self):
-        self.dls.train.dataset.first = self.step * self.dls.train.bs
+        self.dls.train.dataset.first = self.step
         for cb in self.learn.cbs:
             if isinstance(cb, Augment): cb.step = self.step # and counts on by itself
 
     def after_batch(self):
-        total = self.losses[self.training]
-        total[0], total[1] = total[0] + self.learn.loss.detach(), total[1] + 1
+        losses = self.losses[self.training]
+        losses[0], losses[1] = losses[0] + total(self.learn.loss.detach()) / place()[1], losses[1] + 1
         if self.training: self.step += 1
-        self.seconds = time.monotonic() - self.started
+        self.seconds = agreed(time.monotonic() - self.started)
         if self.folder and self.seconds - self.beat > BEAT: self._beat()
 
     def rest(self):
@@ -157,7 +159,7 @@ def one_cycle(
     up = lambda x: (1 - np.cos(np.pi * min(max(x, 0), 1))) / 2
     return float(peak * (.04 + .96 * up(p / warmup)) if p < warmup else peak * (1 - up((p - warmup) / (1 - warmup))) + 1e-8)
 
-# %% ../nbs/10b_schedule.ipynb #863f132a
+# %% ../nbs/10b_schedule.ipynb #a7a7e5f5
 VALID_STEPS = 10 # validation batches of an epoch on a budget, at most
 
 class Budget(Callback):
@@ -173,7 +175,7 @@ class Budget(Callback):
         "How much of the budget is used, from 0 to 1"
         j = self.learn.journal
         if self.steps: return j.step / self.steps
-        return (time.monotonic() - j.started) / max(1, 60 * self.minutes - self.state.get('valid_seconds', 0))
+        return j.seconds / max(1, 60 * self.minutes - self.state.get('valid_seconds', 0))
 
     def used(self):
         "Is nothing of the budget left, before training has begun again, and no epoch to be ended?"
@@ -189,14 +191,14 @@ class Budget(Callback):
         self.dls.train.n = max(0, n - j.done) * self.dls.train.bs
         self.dls.valid.n = min(VALID_STEPS, max(2, n // 5)) * self.dls.valid.bs
 
-    def before_train(self): self.train_started, self.first_step = time.monotonic(), self.learn.journal.step
-    def before_validate(self): self.valid_started = time.monotonic()
+    def before_train(self): self.train_started, self.first_step = self.learn.journal.seconds, self.learn.journal.step
+    def before_validate(self): self.valid_started = self.learn.journal.seconds
     def before_batch(self):
         if self.training: self.opt.set_hypers(lr=one_cycle(self.progress(), self.peak))
     def after_batch(self):
         if self.training and self.progress() >= 1: raise CancelTrainException()
     def after_validate(self):
-        now, steps = time.monotonic(), self.learn.journal.step - self.first_step
+        now, steps = self.learn.journal.seconds, self.learn.journal.step - self.first_step
         if steps: self.state = dict(valid_seconds=now - self.valid_started, step_seconds=(now - self.train_started) / steps) # validation included
     def after_epoch(self):
         if self.progress() >= 1: raise CancelFitException()
