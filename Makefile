@@ -1,5 +1,5 @@
 # make demo   the whole line on generated scans, ends with a Dice table and a picture
-# make test   installs what development needs and runs every test, the notebooks included
+# make test   installs what development needs and runs every test, the notebooks included, two at a time
 # make readme writes README.md from nbs/index.ipynb
 # make docs   every notebook as a page, in site/index.html
 PYTHON ?= python3
@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(V)/autounet demo demo
 
 test: .venv/installed-dev
-	$(V)/python -m pytest
+	OMP_NUM_THREADS=1 $(V)/python -m pytest -n 2 --dist loadgroup
 
 readme: .venv/installed-dev
 	$(V)/python .ci/readme.py

@@ -12,7 +12,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 import argparse, json, os, sys
 
-# %% ../nbs/15_cli.ipynb #c210b9cd
+# %% ../nbs/15_cli.ipynb #a6596f99
 def _numbers(text):
     "'0,1' → [0, 1]"
     try: return [int(t) for t in text.split(',')]
@@ -52,8 +52,9 @@ def _budget_options(p):
     g.add_argument('--steps', type=_above_zero(int), metavar='N', help='train each network for N steps; without --minutes or --steps it is trained as in the paper, which takes days')
     p.add_argument('--seed', type=_seed, default=0, metavar='S', help='same seed, same result (default 0)')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: cuda if there is one)')
+    p.add_argument('--processes', type=_above_zero(int), default=1, metavar='N', help='have N processes share each training, on a GPU each: the same result in less time (default 1)')
 
-# %% ../nbs/15_cli.ipynb #e5709a60
+# %% ../nbs/15_cli.ipynb #fb0d3715
 def _scan(a):
     from autounet_nb.data import scan
     return scan(a.data, images=a.images, labels=a.labels, modalities=a.modalities)
@@ -117,12 +118,12 @@ def preprocess_command(a):
 def train_command(a):
     "Train one model on one fold; going on where it was stopped"
     from autounet_nb.train import train_fold
-    for fold in a.folds: print(f'trained: {train_fold(a.work, a.model, fold, minutes=a.minutes and a.minutes / len(a.folds), steps=a.steps, seed=a.seed, device=a.device)}')
+    for fold in a.folds: print(f'trained: {train_fold(a.work, a.model, fold, minutes=a.minutes and a.minutes / len(a.folds), steps=a.steps, seed=a.seed, device=a.device, processes=a.processes)}')
 
 def run_command(a):
     "Everything, from a folder of scans and masks to trained and scored models; run again to go on"
     from autounet_nb.run import run
-    run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers, patients=a.patients, own=a.splits, cluster=a.cluster)
+    run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers, patients=a.patients, own=a.splits, cluster=a.cluster, processes=a.processes)
 
 def board_command(a):
     "Which trainings are done, running, stopped, failed or waiting"

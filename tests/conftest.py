@@ -4,6 +4,11 @@ from pathlib import Path
 import pytest
 from autounet_nb.phantom import make_phantoms
 
+def pytest_collection_modifyitems(items):
+    "Where tests run side by side, those of a file stay together, because they share what was made for the first; notebooks share nothing"
+    for item in items:
+        if item.path.stem != 'test_notebooks': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
 @pytest.fixture(autouse=True)
 def same_locale():
     "SimpleITK leaves the process in the C locale when it writes DICOM, as some tests do"

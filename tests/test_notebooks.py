@@ -20,4 +20,5 @@ def test_notebook_has_outputs(path):
     outputs = [o for c in cells for o in c['outputs']]
     assert outputs, f'{path.name} was committed without outputs'
     assert not [o for o in outputs if o['output_type'] == 'error']
+    assert 'site-packages' not in json.dumps(outputs), f'{path.name} shows a path of the machine that ran it'
     assert path.stat().st_size < 1_000_000
