@@ -6,7 +6,7 @@
 __all__ = ['EVERY', 'save_tensors', 'load_tensors', 'bare', 'Checkpoint', 'ChannelsLast', 'get_learner', 'fit_learner',
            'find_device', 'prepared_cases', 'data_key', 'finished_training', 'train_fold', 'load_model']
 
-# %% ../nbs/11_train.ipynb #638bc128
+# %% ../nbs/11_train.ipynb #a8afb2cc
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +14,7 @@ import json, os, re, sys, time
 from contextlib import contextmanager, nullcontext
 import numpy as np, torch
 from safetensors import safe_open, SafetensorError
-from safetensors.torch import save_file, load_file
+from safetensors.torch import load_file, save
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.xtras import ContextManagers
 from fastai.callback.core import Callback, CancelFitException
@@ -33,13 +33,11 @@ from .patches import *
 from .schedule import *
 from .splits import *
 
-# %% ../nbs/11_train.ipynb #d388c0d5
+# %% ../nbs/11_train.ipynb #0d227a78
 def save_tensors(path, tensors, **info):
     "Write named tensors, and whatever JSON can hold, as one safetensors file; whole or not at all"
     plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    with atomic(path) as tmp:
-        try: save_file(plain, tmp, metadata={k: json.dumps(v) for k, v in info.items()})
-        except SafetensorError as e: raise DataError(f'{path}: cannot be written, is the disk full? ({e})') from None
+    with atomic(path) as tmp: tmp.write_bytes(save(plain, metadata={k: json.dumps(v) for k, v in info.items()})) # `save_file` leaves a file of its own behind where it is killed
 
 def load_tensors(path):
     "Tensors and information of such a file; DataError if it isn't one"
@@ -102,7 +100,7 @@ class Checkpoint(Callback):
         for cb, state in zip(self._parts(), info['parts']): cb.state = state
         return True
 
-# %% ../nbs/11_train.ipynb #5f5af528
+# %% ../nbs/11_train.ipynb #867ff097
 class ChannelsLast(Callback):
     "Lays out network and batches with the channels of a voxel side by side"
     order = -5
@@ -156,7 +154,7 @@ def _shared(learn):
 def _loading(dls, error):
     "The cases at which those processes were that PyTorch says have died"
     pids = {int(n) for n in re.findall(r'\d+', str(error))}
-    return [c for dl in dls.loaders for c in dl.dataset.loading(pids)]
+    return list(dict.fromkeys(c for dl in dls.loaders for c in dl.dataset.loading(pids)))
 
 def fit_learner(
     learn, # from `get_learner`
