@@ -986,7 +986,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'autounet_nb.train._peak': ('train.html#_peak', 'autounet_nb/train.py'),
                                    'autounet_nb.train._shared': ('train.html#_shared', 'autounet_nb/train.py'),
                                    'autounet_nb.train._tidy': ('train.html#_tidy', 'autounet_nb/train.py'),
-                                   'autounet_nb.train._train_together': ('train.html#_train_together', 'autounet_nb/train.py'),
                                    'autounet_nb.train.bare': ('train.html#bare', 'autounet_nb/train.py'),
                                    'autounet_nb.train.data_key': ('train.html#data_key', 'autounet_nb/train.py'),
                                    'autounet_nb.train.find_device': ('train.html#find_device', 'autounet_nb/train.py'),

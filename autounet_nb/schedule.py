@@ -41,7 +41,7 @@ BEAT = 5 # seconds after which `progress.json` is written again
 class Journal(Callback):
     "Counts steps and seconds, collects losses and Dice per epoch, and writes them to `folder`"
     order = 65
-    def __init__(self, folder=None, talk=False): 
+    def __init__(self, folder=None, talk=False):
         self.folder, self.talk, self.history, self.step, self.seconds = folder and Path(folder), talk, [], 0, 0.
         self.losses = {True: [0., 0], False: [0., 0]} # training or not → sum of the losses of this epoch, and of how many batches
 

@@ -171,7 +171,7 @@ def fit_learner(
     finally: learn.journal.rest()
     return learn
 
-# %% ../nbs/11_train.ipynb #710078b5
+# %% ../nbs/11_train.ipynb #0fc64952
 def find_device(
     name=None, # 'cpu', 'cuda', 'cuda:1' …; None: CUDA if there is one
 ) -> str:
@@ -252,7 +252,7 @@ def train_fold(
     processes=1, # that share each batch, on a GPU each
 ):
     "Train one model on one fold; returns its folder `models/MODEL/fold_K`"
-    if processes > 1: return _train_together(dict(locals()))
+    asked = dict(locals(), processes=1)
     work, plan, device = Path(work), Plan.load(Path(work)/'plan.json'), find_device(device)
     if model not in plan.models: raise DataError(f'The plan has no model {model!r}: it has {", ".join(plan.models)}.')
     config, folder = plan.models[model], work/'models'/model/f'fold_{fold}'
@@ -260,11 +260,14 @@ def train_fold(
     train, valid = (prepared_cases(work, config, split[k]) for k in ('train', 'valid'))
     recipe = json.loads(json.dumps(dict(config=config.__dict__, split=split, data=data_key(train + valid), reading=plan.reading, minutes=minutes, steps=steps, seed=seed,
                                         own=[str(o) for o in (net, loss) if o is not None])))
-    if before := finished_training(folder):
-        if before.get('recipe') == recipe:
-            _tidy(folder, recipe) # it may have been killed before it could do that
-            return folder
-        print(f'Training {model}, fold {fold} again: what changed is {_differing(before.get("recipe") or {}, recipe)}. The finished one stays until this is done.')
+    before = finished_training(folder)
+    if before and before.get('recipe') == recipe:
+        _tidy(folder, recipe) # it may have been killed before it could do that
+        return folder
+    if processes > 1:
+        several(partial(train_fold, **asked), processes, device.partition(':')[0])
+        return folder
+    if before: print(f'Training {model}, fold {fold} again: what changed is {_differing(before.get("recipe") or {}, recipe)}. The finished one stays until this is done.')
     schedule = Budget(steps=steps, minutes=minutes) if steps is not None or minutes is not None else PaperSchedule()
     if workers is None: workers = min(8, os.cpu_count()) if device != 'cpu' else 0
     dls = patch_dls(train, valid, config, seed=seed * 1000 + fold, workers=workers, device=device)
@@ -276,12 +279,6 @@ def train_fold(
         raise
     _finish(folder, learn, config, recipe, True)
     return folder
-
-def _train_together(asked):
-    "`train_fold` in several processes"
-    n, device = asked.pop('processes'), find_device(asked.pop('device'))
-    several(partial(train_fold, **asked), n, device.partition(':')[0])
-    return Path(asked['work'])/'models'/asked['model']/f'fold_{asked["fold"]}'
 
 # %% ../nbs/11_train.ipynb #85af191a
 def load_model(
