@@ -1,11 +1,12 @@
 # make demo   the whole line on generated scans, ends with a Dice table and a picture
 # make test   installs what development needs and runs every test, the notebooks included, two at a time
 # make readme writes README.md from nbs/index.ipynb
+# make bench  this package and nnU-Net side by side; ONLY=resample,step chooses, DATA=folder says where the scans are
 # make docs   every notebook as a page, in site/index.html
 PYTHON ?= python3
 V := .venv/bin
 
-.PHONY: demo test readme docs clean
+.PHONY: demo test readme bench docs clean
 
 demo: .venv/installed
 	$(V)/autounet demo demo
@@ -15,6 +16,12 @@ test: .venv/installed-dev
 
 readme: .venv/installed-dev
 	$(V)/python .ci/readme.py
+
+DATA ?= $(firstword $(wildcard data ../shared/data) data)
+bench: .venv/installed-dev
+	$(V)/python benchmarks/bench.py --data '$(DATA)' --only '$(ONLY)'
+	$(V)/nbdev-test nbs/22_speed.ipynb --save
+	$(V)/nbdev-clean
 
 docs: .venv/installed
 	$(V)/python -m pip install --quiet -e '.[docs]'

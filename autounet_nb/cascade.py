@@ -29,7 +29,7 @@ def _first_stage_of(softmax, case, fold):
     if not softmax.exists(): raise DataError(f'Fold {fold} of 3d_lowres has not segmented case {case.id} yet: train and validate all folds of the first stage before the second; `autounet run` does that by itself.')
     path, key = case.first/f'{case.id}.json', [softmax.stat().st_mtime_ns, case.meta['shape']]
     if path.exists() and read_json(path).get('key') == key: return
-    mask = upsampled(load_softmax(softmax), case.meta['shape'])
+    mask = upsampled(softmax_slabs([softmax]), open_array(softmax).shape[1:], case.meta['shape'])
     path.unlink(missing_ok=True)
     write_array(case.first/f'{case.id}.b2nd', mask, 0)
     write_json(path, dict(key=key, digest=digest(mask)))

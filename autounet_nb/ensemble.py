@@ -14,34 +14,39 @@ import numpy as np, torch
 from .data import *
 from .plan import *
 from .disturb import *
+from .patches import *
 from .train import *
 from .windows import *
 from .restore import *
 
 # %% ../nbs/11d_ensemble.ipynb #bf18d451
+def _with_first(x, first, classes):
+    "How a second stage sees: the scan, and one channel for each foreground class of the first stage"
+    def read(start, size):
+        mask = torch.from_numpy(read_patch(first, start, size)).long()
+        return np.concatenate([read_patch(x, start, size), one_hot(mask[None], classes)[0].numpy()])
+    return read
+
 def mean_softmax(
     x, # preprocessed scan, (c,z,y,x)
     models, # list of (network, ModelConfig), all for the grid of `x`
     classes, # that they tell apart, background included
     tta=True, # average over mirror images, for networks that were trained with them
-    device=None, # where the networks are
     first=None, # class indices (z,y,x) by the first stage, for the second stage of a cascade
-): # float32 (classes,z,y,x)
+): # slabs (classes,n,y,x), float32, from top to bottom
     "Class probabilities of a scan, averaged over models; each model counts the same"
-    probs, folds = np.zeros((classes, *x.shape[1:]), np.float32), Counter(c.name for _, c in models)
-    for net, c in models:
-        seen = np.concatenate([x, one_hot(torch.from_numpy(first)[None].long(), classes)[0].numpy()]) if c.name == '3d_cascade' else x
-        sliding_window(net, seen, c.patch, classes, c.slice_axis if c.dim == 2 else None, tta=tta and getattr(net, 'mirrored', True),
-                       device=device, out=probs, share=1 / (len(folds) * folds[c.name]))
-    return probs
+    folds = Counter(c.name for _, c in models)
+    return probability_slabs([Voice(net, c.patch, c.slice_axis if c.dim == 2 else None, tta and getattr(net, 'mirrored', True), 1 / (len(folds) * folds[c.name]),
+                                    _with_first(x, first, classes) if c.name == '3d_cascade' else None) for net, c in models], x, classes)
 
 # %% ../nbs/11d_ensemble.ipynb #5c8d17a2
 def upsampled(
-    probs, # (k,z,y,x)
+    slabs, # probabilities (k,n,y,x) from top to bottom
+    coarse, # voxels of their grid, (z,y,x)
     shape, # voxels of the finer grid over the same piece of the body
 ): # class indices, uint8 up to 256 classes
     "The most probable class on a finer grid"
-    return restore(probs, dict(box=[[0, n] for n in shape], cropped_shape=list(shape)), shape)
+    return restore(slabs, dict(box=[[0, n] for n in shape], cropped_shape=list(shape), shape=list(coarse)), shape)
 
 # %% ../nbs/11d_ensemble.ipynb #cd1d6cd3
 def trained_folds(

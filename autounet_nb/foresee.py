@@ -29,7 +29,8 @@ def _steps(config, device):
     x, y = torch.randn(config.batch, config.in_channels, *config.patch), torch.randint(config.classes, (config.batch, *config.patch))
     for i in iter(int, 1):
         a, b = augment(x.to(device).contiguous(memory_format=layout), y.to(device), step_generator(0, i))
-        with torch.autocast(device.type, enabled=device.type == 'cuda'): cost = loss(net(a), b)
+        with mixed_precision(device): logits = net(a)
+        cost = loss(logits, b)
         scaler.scale(cost).backward()
         opt.step(); opt.zero_grad()
         if device.type == 'cuda': torch.cuda.synchronize()
@@ -97,8 +98,9 @@ def foresee(
     stages = {c.stage: prepare_needs(fp, c.spacing, workers) for c in chosen.values()}
     rows = {}
     for name, c in chosen.items():
-        parts = training_memory(c, 2 if device.type == 'cuda' else 4)
+        parts = training_memory(c, 2 if half_precision(device) else 4)
         step = time_step(c, device) if timed else None
         rows[name] = dict(memory=sum(parts.values()), parts=parts, step=step, epoch=step and EPOCH * step, device=device.type)
-    c = next(iter(chosen.values()))
-    return Forecast(available_memory(), stages, rows if timed else {}, predict_memory(*largest_case(fp, c.spacing), len(fp.modalities), len(fp.labels)))
+    shape, new_shape = largest_case(fp, next(iter(chosen.values())).spacing)
+    held = max(held_slices(c, new_shape) for c in chosen.values())
+    return Forecast(available_memory(), stages, rows if timed else {}, predict_memory(shape, new_shape, len(fp.modalities), len(fp.labels), held))

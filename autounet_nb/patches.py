@@ -6,7 +6,7 @@
 __all__ = ['MIN_FOREGROUND', 'patch_start', 'read_patch', 'forced_foreground', 'PatchDataset', 'patch_dls']
 
 # %% ../nbs/10_patches.ipynb #0099608b
-import os
+import math, os
 import numpy as np, torch
 from torch.utils.data import get_worker_info
 from fastai.data.core import DataLoaders
@@ -77,6 +77,10 @@ class PatchDataset:
         self.classes = sorted(self.holders)
 
     def __len__(self): return self.steps * self.part
+
+    @property
+    def per_pass(self): # steps that show as many voxels as all cases have
+        return sum(math.prod(c.meta['shape']) for c in self.cases) / (self.config.batch * math.prod(self.size))
 
     def loading(self, pids):
         "The cases at which these processes were that load"

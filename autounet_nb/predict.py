@@ -31,17 +31,20 @@ def _checked(image, plan):
     if not np.isfinite(image).all(): raise DataError('the scan holds values that are no numbers (NaN or infinite); replace them before predicting')
     return image
 
-def _probabilities(image, spacing, ensemble, tta, device):
-    "Class probabilities at the spacing of the models, and how to come back"
+def _probabilities(image, spacing, ensemble, tta):
+    "Class probabilities at the spacing of the models, as slabs, and how to come back"
     plan, k = ensemble.plan, len(ensemble.plan.label_values)
     prepared = lambda models: preprocess_case(_checked(image, plan), spacing, plan, models[0][1].spacing)
     x, _, meta = prepared(ensemble.models)
-    first = upsampled(mean_softmax(prepared(ensemble.first)[0], ensemble.first, k, tta, device), x.shape[1:]) if ensemble.first else None
-    return mean_softmax(x, ensemble.models, k, tta, device, first), meta
+    first = None
+    if ensemble.first:
+        coarse = prepared(ensemble.first)[0]
+        first = upsampled(mean_softmax(coarse, ensemble.first, k, tta), coarse.shape[1:], x.shape[1:])
+    return mean_softmax(x, ensemble.models, k, tta, first), meta
 
 def native_labels(
-    probs, # probabilities (k,z,y,x) at the spacing of the plan
-    meta, # from `preprocess_case`: box, cropped_shape
+    probs, # probabilities (k,z,y,x) at the spacing of the plan, or slabs of them from top to bottom
+    meta, # from `preprocess_case`: box, cropped_shape, shape
     shape, # voxels of the scan, (z,y,x)
     plan, # `Plan`
     largest=True, # keep one piece of the classes that always were one
@@ -59,11 +62,10 @@ def predict_case(
     models, # list of (network, ModelConfig), whose probabilities are averaged
     tta=True, # average over mirror images, for networks that were trained with them
     largest=True, # keep one piece of the classes that always were one
-    device=None, # where the networks are
     first=(), # the same of a cascade's first stage, where one of `models` is the second
 ):
     "Label values (z,y,x) on the scan's own grid"
-    return native_labels(*_probabilities(image, spacing, Ensemble(plan, list(models), tuple(first)), tta, device), image.shape[1:], plan, largest)
+    return native_labels(*_probabilities(image, spacing, Ensemble(plan, list(models), tuple(first)), tta), image.shape[1:], plan, largest)
 
 # %% ../nbs/12_predict.ipynb #72200dcd
 _FORMATS = {'.jpg': '.png', '.jpeg': '.png', '.bmp': '.png', '.nhdr': '.nrrd', '.mhd': '.mha'} # what is read, but not written
@@ -94,15 +96,17 @@ def _targets(cases, out, suffix):
     return [(c, p) for p, c in res.items()]
 
 # %% ../nbs/12_predict.ipynb #15504e5b
-def _predict_file(case, path, ensemble, tta, largest, probabilities, device):
+def _predict_file(case, path, ensemble, tta, largest, probabilities):
     "Read, predict and write one scan"
-    s = read_case(case, label=False)
-    _check_mask(np.broadcast_to(np.uint8(0), s.geometry.shape), s.geometry, path) # better to know before the work than after
-    plan = ensemble.plan
-    probs, meta = _probabilities(s.image, s.geometry.spacing, ensemble, tta, device)
-    write_like(native_labels(probs, meta, s.geometry.shape, plan, largest), s.geometry, path)
+    scan, plan = read_case(case, label=False), ensemble.plan
+    geometry = scan.geometry
+    _check_mask(np.broadcast_to(np.uint8(0), geometry.shape), geometry, path) # better to know before the work than after
+    probs, meta = _probabilities(scan.image, geometry.spacing, ensemble, tta)
+    del scan # a large one need not be there twice
+    if probabilities: probs = whole(probs)
+    write_like(native_labels(probs, meta, geometry.shape, plan, largest), geometry, path)
     names = {v: n for n, v in plan.labels.items()}
-    if probabilities: _write_probabilities(probs, meta, s.geometry, [str(names.get(v, v)) for v in plan.label_values], path.parent/'probabilities'/f'{case.id}.nrrd')
+    if probabilities: _write_probabilities(probs, meta, geometry, [str(names.get(v, v)) for v in plan.label_values], path.parent/'probabilities'/f'{case.id}.nrrd')
 
 def _failure(case, e):
     "One sentence for a scan that failed"
@@ -129,7 +133,7 @@ def predict(
     todo, failed = _targets(list(scans) if known else find_scans(scans, len(ensemble.plan.modalities)), out, suffix), []
     for case, path in progress(todo, desc='predicting'):
         try:
-            _predict_file(case, path, ensemble, tta, largest, probabilities, device)
+            _predict_file(case, path, ensemble, tta, largest, probabilities)
             write_json(Path(out)/'predictions.json', dict(model='+'.join(ensemble.names), mirrored=tta and ensemble.mirrored, files=_written(out) | {path.name: _stamp(path)}))
         except Exception as e: failed.append((_failure(case, e), e))
     if failed: raise DataError(f'{len(failed)} of {len(todo)} scans failed, the others are in {out}. ' + '; '.join(t for t, _ in failed)) from failed[0][1]
@@ -152,4 +156,4 @@ def segment(
     if x.ndim not in (3, 4) or not x.size or len(mm) != 3: raise DataError(f'an image has the axes (z,y,x) or (c,z,y,x), and three spacings; this one has shape {x.shape} and spacing {mm}')
     device = find_device(device)
     e = load_ensemble(work, model, folds, device)
-    return predict_case(x if x.ndim == 4 else x[None], mm, e.plan, e.models, tta, largest, device, e.first)
+    return predict_case(x if x.ndim == 4 else x[None], mm, e.plan, e.models, tta, largest, e.first)

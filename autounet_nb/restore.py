@@ -7,7 +7,7 @@ __all__ = ['SLAB_VOXELS', 'restore', 'restore_probabilities', 'keep_largest']
 
 # %% ../nbs/11c_restore.ipynb #f3ea7ae0
 from concurrent.futures import ThreadPoolExecutor
-import gzip, os
+import gzip, math, os
 import cc3d, numpy as np
 from threadpoolctl import threadpool_limits
 from .data import *
@@ -50,53 +50,67 @@ def _best(
         hot = p.max(0) >= .999/len(probs) # a class that is nowhere above 1/k wins nowhere
         if not hot.any(): continue
         (ny, cy, by), (nx, cx, bx) = _reach(ay, hot.any(1)), _reach(ax, hot.any(0))
-        p = _enlarge(p[:, cy, cx], az[rows, z], by, bx)
+        p = _enlarge(p[:, cy, cx].astype(np.float32, copy=False), az[rows, z], by, bx)
         b, l = best[:, ny, nx], label[:, ny, nx] # views: what is written into them is kept
         np.copyto(l, k, where=p > b); np.maximum(b, p, out=b)
     return label
 
 # %% ../nbs/11c_restore.ipynb #95238261
+def _parts(probs, meta):
+    "(a piece of the slabs, its part of the matrix along z, the native slices that it decides), from top to bottom"
+    slabs, depth = ([probs], probs.shape[1]) if isinstance(probs, np.ndarray) else (probs, meta['shape'][0])
+    az, last, start = spline_operator(depth, meta['cropped_shape'][0], 1), None, 0
+    low, high = (az != 0).argmax(1), depth - 1 - (az[:, ::-1] != 0).argmax(1) # first and last coarse slice that a native one needs
+    for s in slabs:
+        stop = start + s.shape[1]
+        if last is not None: yield np.concatenate([last, s[:, :1]], 1), az[:, start - 1:start + 1], _span((low < start) & (high == start))
+        yield s, az[:, start:stop], _span((low >= start) & (high < stop))
+        last, start = s[:, -1:].copy(), stop
+
 SLAB_VOXELS = 2**19 # native voxels that are worked on at a time, by each core
 
-def _slabs(meta):
-    "Slices of the cropped volume, a few at a time"
-    n, y, x = meta['cropped_shape']
-    step = max(1, SLAB_VOXELS//(y*x))
-    return [slice(z, min(n, z + step)) for z in range(0, n, step)]
+def _few(rows, meta):
+    "Native slices, a few at a time"
+    step = max(1, SLAB_VOXELS//math.prod(meta['cropped_shape'][1:]))
+    return [slice(z, min(rows.stop, z + step)) for z in range(rows.start, rows.stop, step)]
 
-def _operators(probs, meta): return [spline_operator(i, o, 1) for i, o in zip(probs.shape[1:], meta['cropped_shape'])]
+def _in_plane(p, meta): return [spline_operator(i, o, 1) for i, o in zip(p.shape[2:], meta['cropped_shape'][1:])]
 
 def restore(
-    probs, # probabilities (k,z,y,x) at the spacing of the plan; they add up to one
-    meta, # from `preprocess_case`: box, cropped_shape
+    probs, # probabilities (k,z,y,x) at the spacing of the plan, or slabs of them from top to bottom; they add up to one
+    meta, # from `preprocess_case`: box, cropped_shape, and shape for slabs
     full_shape, # voxels of the scan, (z,y,x)
 ):
     "Index of the most probable class on the scan's own grid; memory does not grow with the number of classes"
-    out = np.zeros(full_shape, np.uint8 if len(probs) <= 256 else np.uint16)
-    inside, ops = out[tuple(slice(*b) for b in meta['box'])], _operators(probs, meta)
-    def fill(rows): inside[rows] = _best(probs, ops, rows)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with threadpool_limits(1), ThreadPoolExecutor(cores) as pool: list(pool.map(fill, _slabs(meta))) # small products are quicker on one core each
+    out, cores = None, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        for p, az, rows in _parts(probs, meta):
+            if out is None: out = np.zeros(full_shape, np.uint8 if len(p) <= 256 else np.uint16)
+            inside, ops = out[tuple(slice(*b) for b in meta['box'])], [az, *_in_plane(p, meta)]
+            def fill(some): inside[some] = _best(p, ops, some)
+            with threadpool_limits(1): list(pool.map(fill, _few(rows, meta))) # small products are quicker on one core each
     return out
 
 # %% ../nbs/11c_restore.ipynb #7cc753b4
 def _native_slabs(probs, meta, full_shape):
     "Probabilities (k,z,y,x) on the scan's grid, a few slices at a time; background is 1 outside of the box"
     (z0, z1), by, bx = meta['box'][0], *(slice(*b) for b in meta['box'][1:])
-    az, ay, ax = _operators(probs, meta)
-    def empty(n):
-        res = np.zeros((len(probs), n, *full_shape[1:]), np.float32); res[0] = 1
+    def empty(k, n):
+        res = np.zeros((k, n, *full_shape[1:]), np.float32); res[0] = 1
         return res
-    if z0: yield empty(z0)
-    for rows in _slabs(meta):
-        res, z = empty(rows.stop - rows.start), _span(az[rows].any(0))
-        for k, p in enumerate(probs[:, z]): res[k, :, by, bx] = _enlarge(p, az[rows, z], ay, ax)
-        yield res
-    if z1 < full_shape[0]: yield empty(full_shape[0] - z1)
+    for p, az, rows in _parts(probs, meta):
+        k, plane = len(p), _in_plane(p, meta)
+        if z0: yield empty(k, z0)
+        z0 = 0
+        for some in _few(rows, meta):
+            res, z = empty(k, some.stop - some.start), _span(az[some].any(0))
+            for r, q in zip(res, p[:, z]): r[:, by, bx] = _enlarge(q, az[some, z], *plane)
+            yield res
+    if z1 < full_shape[0]: yield empty(k, full_shape[0] - z1)
 
 def restore_probabilities(
-    probs, # probabilities (k,z,y,x) at the spacing of the plan
-    meta, # from `preprocess_case`: box, cropped_shape
+    probs, # probabilities (k,z,y,x) at the spacing of the plan, or slabs of them
+    meta, # from `preprocess_case`: box, cropped_shape, and shape for slabs
     full_shape, # voxels of the scan, (z,y,x)
 ):
     "The probabilities (k,z,y,x) on the scan's own grid"

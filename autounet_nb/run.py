@@ -7,6 +7,7 @@ __all__ = ['LEAST', 'FIRST_GUESS', 'FEWEST', 'prepare', 'keep_apart', 'asked_mod
            'cross_validate', 'score_table', 'run', 'demo']
 
 # %% ../nbs/14g_run.ipynb #bbcf38f3
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import hashlib, json, os, time, traceback
@@ -276,7 +277,7 @@ def run(
     print(plan)
     names = asked_models(plan, models)
     if models is None and minutes: names = affordable(names, minutes, folds, work_splits(work, ids, seed=seed, patients=patients, own=own), side_by_side)
-    if cluster is None: _announce(work, plan, names, workers, device)
+    if cluster is None: _announce(work, plan, names, workers, device, minutes)
     try: rows = cross_validate(work, dataset, names, folds, minutes, steps, seed, device, patients, own, cluster, processes)
     except DataError: print(f'\nThe report so far: {report(work, dataset)}'); raise
     print('\nDice on scans that were held out\n' + score_table(rows))
@@ -286,8 +287,9 @@ def run(
     print(f'All of it on one page: {report(work, dataset)}')
     return choice
 
-def _announce(work, plan, models, workers, device):
+def _announce(work, plan, models, workers, device, minutes):
     "What the trainings will need, unless they have begun before"
+    if minutes and device == 'cpu': plan = replace(plan, models={n: small_steps(c) for n, c in plan.models.items()})
     waiting = [m for m in models if not any((work/'models'/m).glob('fold_*/history.csv'))]
     if waiting: print(f'\n{foresee(Fingerprint.load(work/"fingerprint.json"), plan, waiting, workers, device)}\n')
 

@@ -160,7 +160,7 @@ def one_cycle(
     return float(peak * (.04 + .96 * up(p / warmup)) if p < warmup else peak * (1 - up((p - warmup) / (1 - warmup))) + 1e-8)
 
 # %% ../nbs/10b_schedule.ipynb #a7a7e5f5
-VALID_STEPS = 10 # validation batches of an epoch on a budget, at most
+VALID_STEPS = 50 # validation batches of an epoch on a budget, at most
 
 class Budget(Callback):
     "One cycle that ends after `steps` steps, or after `minutes` on the clock"
@@ -189,7 +189,7 @@ class Budget(Callback):
         else: n = 10
         n = max(1, int(n))
         self.dls.train.n = max(0, n - j.done) * self.dls.train.bs
-        self.dls.valid.n = min(VALID_STEPS, max(2, n // 5)) * self.dls.valid.bs
+        self.dls.valid.n = min(VALID_STEPS, max(2, n // 10)) * self.dls.valid.bs
 
     def before_train(self): self.train_started, self.first_step = self.learn.journal.seconds, self.learn.journal.step
     def before_validate(self): self.valid_started = self.learn.journal.seconds

@@ -1,0 +1,151 @@
+"""This package's side of the benchmarks: `python ours.py WORK CASE FOLDER` prints what it measured as JSON.
+
+FOLDER holds the inputs, see inputs.py. Each function is one work and has its counterpart in peer.py.
+"""
+import json, shutil, sys, time
+from pathlib import Path
+import numpy as np
+from inputs import LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, patch_batches, seconds_of
+
+def resample(case, folder):
+    from autounet_nb.resample import resample
+    x, (_, shape, *_) = np.load(folder/'ct.npy', mmap_mode='r'), RESAMPLE[case]
+    x = x[:RESAMPLE[case][0][0]].copy()
+    seconds, y = seconds_of(lambda: resample(x, shape))
+    np.save(folder/f'resampled_{case}_ours.npy', y[::7, ::7, ::7])
+    return dict(seconds=seconds)
+
+def prepare(case, folder):
+    from autounet_nb.data import scan
+    from autounet_nb.run import prepare
+    work = folder/'ours'/case
+    if work.exists(): shutil.rmtree(work)
+    return dict(seconds=seconds_of(lambda: prepare(scan(folder/'data'/case), work, ['2d', '3d'], 'cpu'))[0])
+
+def logits(case, folder):
+    import torch
+    from autounet_nb.restore import restore
+    x, native = torch.from_numpy(np.load(folder/f'logits_{case}.npy')), LOGITS[case][2]
+    meta = dict(box=[[0, n] for n in native], cropped_shape=list(native), shape=list(x.shape[1:]))
+    slabs = (x[:, z:z + 8].float().softmax(0).numpy() for z in range(0, x.shape[1], 8))
+    seconds, y = seconds_of(lambda: restore(slabs, meta, native))
+    np.save(folder/f'labels_{case}_ours.npy', y[::3, ::3, ::3])
+    return dict(seconds=seconds)
+
+def augment(case, folder):
+    import torch
+    from autounet_nb.augment import augment, step_generator
+    torch.set_num_threads(1)
+    batches = [(torch.from_numpy(x), torch.from_numpy(y).long()) for x, y in patch_batches(PATCHES[case])]
+    augment(*batches[0], step_generator(0, 0))
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < 15:
+        augment(*batches[n % len(batches)], step_generator(0, n)); n += 1
+    seconds = time.perf_counter() - start
+    return dict(seconds=seconds / n / batches[0][0].numel() * 1e6, voxels_per_second=n * batches[0][0].numel() / seconds)
+
+def _learner(folder, steps, cbs=(), **kw):
+    from dataclasses import replace
+    from autounet_nb.augment import Augment
+    from autounet_nb.data import read_json
+    from autounet_nb.patches import patch_dls
+    from autounet_nb.plan import Plan
+    from autounet_nb.schedule import Budget
+    from autounet_nb.train import get_learner, prepared_cases
+    work = folder/'ours'/'hippocampus'
+    config = replace(Plan.load(work/'plan.json').models['3d'], patch=NETWORK['patch'], batch=NETWORK['batch'], features=NETWORK['features'])
+    split = read_json(folder/'splits.json')[0]
+    train, valid = (prepared_cases(work, config, split[k]) for k in ('train', 'valid'))
+    dls = patch_dls(train, valid, config)
+    return get_learner(dls, config, schedule=Budget(steps=steps), augment=False, cbs=[Augment(3), *cbs], **kw), config
+
+def step(case, folder):
+    from fastai.callback.core import Callback, CancelFitException
+    class Clock(Callback):
+        "Notes when each step ends, and stops before validation"
+        def before_fit(self): self.at = []
+        def after_batch(self):
+            self.at.append(time.perf_counter())
+            if len(self.at) == 60: raise CancelFitException()
+    learn, config = _learner(folder, 10**6, [Clock()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    each = np.diff(learn.clock.at[10:])
+    return dict(seconds=float(np.mean(each)), images_per_second=float(config.batch / np.mean(each)))
+
+def network(case, folder):
+    "Not timed: a network that has learnt a little, for prediction"
+    from autounet_nb.data import write_json
+    from autounet_nb.train import save_tensors
+    learn, config = _learner(folder, 120)
+    with learn.no_bar(), learn.no_logging(): learn.fit(10)
+    out = folder/'ours'/'hippocampus'/'models'/'3d'/'fold_0'
+    save_tensors(out/'weights.safetensors', learn.model.state_dict())
+    write_json(out/'model.json', dict(config=config.__dict__, mirrored=True, finished=True))
+    return dict(seconds=learn.journal.seconds)
+
+def predict(case, folder):
+    from autounet_nb.predict import predict
+    out = folder/'ours'/'predicted'
+    if out.exists(): shutil.rmtree(out)
+    return dict(seconds=seconds_of(lambda: predict(folder/'ours'/'hippocampus', folder/'scans', out, model='3d', folds=[0], largest=False))[0])
+
+def large(case, folder):
+    "A CT of 600×512×512 with 20 classes, at the spacing of the plan, from file to file"
+    from autounet_nb.predict import predict
+    work, out = folder/'ours'/'large', folder/'ours'/'large_predicted'
+    if not (work/'plan.json').exists(): _large_work(work)
+    if out.exists(): shutil.rmtree(out)
+    return dict(seconds=seconds_of(lambda: predict(work, folder/'large', out, tta=False))[0])
+
+def _large_work(work):
+    import torch
+    from autounet_nb.data import write_json
+    from autounet_nb.plan import make_plan, sketch_fingerprint
+    from autounet_nb.train import save_tensors
+    from autounet_nb.unet import build_unet
+    plan = make_plan(sketch_fingerprint((600, 512, 512), classes=19, modalities=('CT',)), 'cpu', {'3d.features': 8, '3d.patch': [64, 96, 96]})
+    plan.save(work/'plan.json')
+    torch.manual_seed(0)
+    net = build_unet(plan.models['3d'])
+    torch.nn.init.zeros_(net.head.bias); torch.nn.init.normal_(net.head.weight)
+    out = work/'models'/'3d'/'fold_0'
+    save_tensors(out/'weights.safetensors', net.state_dict())
+    write_json(out/'model.json', dict(config=plan.models['3d'].__dict__, mirrored=False, finished=True))
+
+def learn(case, folder):
+    "Train for some minutes, and segment the held-out cases: Dice against the minutes of training"
+    from autounet_nb.data import scan
+    from autounet_nb.crossval import validate_fold
+    from autounet_nb.train import train_fold
+    work, minutes = folder/'ours'/'hippocampus', TIMES[case]
+    shutil.rmtree(work/'models'/'3d'/'fold_1', ignore_errors=True)
+    shutil.copy(folder/'splits.json', work/'splits.json')
+    seconds, _ = seconds_of(lambda: train_fold(work, '3d', 1, minutes=minutes))
+    return dict(seconds=seconds, dice=validate_fold(work, scan(folder/'data'/'hippocampus'), '3d', 1)['mean']['dice'])
+
+def growth(case, folder):
+    "Seconds for one, two, four and eight times as much, on generated scans; what both share, such as imports, is not timed"
+    from autounet_nb.data import scan
+    from autounet_nb.phantom import make_phantoms
+    from autounet_nb.predict import predict
+    from autounet_nb.run import prepare
+    from autounet_nb.train import train_fold
+    kind, what = case.split('_')
+    root, size, base = folder/'growth'/case, [1, 2, 4, 8], (40, 48, 40)
+    shutil.rmtree(root, ignore_errors=True)
+    shapes = {1: base, 2: (80, 48, 40), 4: (80, 96, 40), 8: (80, 96, 80)}
+    seconds = {}
+    for k in size:
+        n, shape = (8 * k, base) if what == 'cases' else (8, shapes[k]) if what == 'voxels' else (8, base)
+        scans = make_phantoms(root/f'scans{k}', n=n, shape=shape)
+        work = root/f'work{k}'
+        prepared, _ = seconds_of(lambda: prepare(scan(root/f'scans{k}'), work, ['3d'], 'cpu', workers=1))
+        if kind == 'prepare': seconds[k] = prepared; continue
+        trained, _ = seconds_of(lambda: train_fold(work, '3d', 0, steps=20 * k if what == 'steps' else 5))
+        seconds[k] = trained if kind == 'train' else seconds_of(lambda: predict(work, scans, root/f'out{k}', tta=False))[0]
+    x, y = np.log(size), np.log([seconds[k] for k in size])
+    return dict(seconds=seconds[8], each=list(seconds.values()), exponent=float(np.polyfit(x, y, 1)[0]))
+
+if __name__ == '__main__':
+    work, case, folder = sys.argv[1:]
+    print(json.dumps(globals()[work](case, Path(folder))))
