@@ -9,7 +9,7 @@ from autounet_nb.predict import predict, predict_case, segment
 from autounet_nb.preprocess import preprocess_case
 from autounet_nb.resample import spline_operator
 from autounet_nb.restore import keep_largest, restore, restore_probabilities
-from autounet_nb.windows import gaussian_window, sliding_window
+from autounet_nb.windows import Voice, gaussian_window, probability_slabs, sliding_window
 
 class Threshold(torch.nn.Module):
     "Stands for a network: class 1 where the image is positive, certain of it"
@@ -49,6 +49,24 @@ def test_the_middle_of_a_window_counts_most():
     g = gaussian_window((16, 8))
     assert g.shape == (16, 8) and g[7:9, 3:5].min() == g.max() and g[0, 0] < .01 * g.max()
 
+class Random(torch.nn.Module):
+    "Says something else about each window, and the same whenever it sees it again"
+    def forward(self, x): return torch.cat([x, (.1 * x.sum(dim=tuple(range(2, x.ndim)), keepdim=True) + x).sin()], 1)
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*[st.integers(1, 40)] * 3), st.tuples(*[st.sampled_from([1, 4, 8, 16])] * 3), st.tuples(*[st.sampled_from([4, 16])] * 2), st.integers(0, 2), st.integers(1, 9), st.integers(0, 99))
+def test_two_voices_are_the_mean_of_each(shape, patch, flat, axis, batch, seed):
+    "Whatever the sizes of their windows: from top to bottom, held no longer than a window is deep, or what is seen at once"
+    x = np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
+    each = sliding_window(Random(), x, patch, 2, tta=False), sliding_window(Random(), x, flat, 2, axis, tta=False)
+    slabs = [s.copy() for s in probability_slabs([Voice(Random(), patch, None, False, .25), Voice(Random(), flat, axis, False, .75)], x, 2, batch=batch)]
+    assert np.allclose(np.concatenate(slabs, 1), .25 * each[0] + .75 * each[1], atol=1e-5)
+    assert all(s.shape[1] > 0 for s in slabs)
+
+def test_little_of_a_long_scan_is_held():
+    slabs, strides = zip(*((s.shape[1], s.strides[0] // s.strides[1]) for s in probability_slabs([Voice(Threshold(), (8, 8, 8), tta=False)], np.ones((1, 200, 8, 8), np.float32), 2, batch=1)))
+    assert sum(slabs) == 200 and max(slabs) <= 8 and max(strides) == 8 # slices from class to class: those that are held
+
 @settings(max_examples=25, deadline=None)
 @given(st.tuples(*[st.integers(1, 20)] * 3), st.tuples(*[st.integers(1, 30)] * 3), st.integers(2, 6), st.integers(0, 99))
 def test_slabs_equal_the_direct_way(coarse, native, k, seed):
@@ -60,9 +78,11 @@ def test_slabs_equal_the_direct_way(coarse, native, k, seed):
     for axis, (i, o) in enumerate(zip(coarse, native), 1): inside = np.moveaxis(np.tensordot(spline_operator(i, o, 1), inside, (1, axis)), 0, axis)
     direct[:, 1:-1, 1:-1, 1:-1] = inside
     assert np.allclose(restore_probabilities(p, meta, full), direct, atol=1e-5)
+    cuts = np.unique(np.random.default_rng(seed).integers(1, coarse[0], 3)) if coarse[0] > 1 else []
     out, best = restore(p, meta, full), direct.argmax(0)
+    assert np.allclose(restore_probabilities(np.split(p, cuts, 1), meta | dict(shape=coarse), full), direct, atol=1e-5)
     margin = np.sort(direct, 0)
-    assert (out == best)[margin[-1] - margin[-2] > 1e-4].all()
+    for o in (out, restore(np.split(p, cuts, 1), meta | dict(shape=coarse), full)): assert (o == best)[margin[-1] - margin[-2] > 1e-4].all()
 
 @pytest.mark.parametrize('spacing', [(1, 1, 1), (3, .8, .8), (.5, 1.3, .7)])
 def test_there_and_back(spacing):

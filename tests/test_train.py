@@ -9,7 +9,7 @@ from autounet_nb.patches import PatchDataset, forced_foreground, patch_start, re
 from autounet_nb.phantom import make_phantoms
 from autounet_nb.plan import make_plan
 from autounet_nb.preprocess import preprocess
-from autounet_nb.train import Budget, PaperSchedule, load_model, load_tensors, one_cycle, save_tensors, train_fold
+from autounet_nb.train import Budget, PaperSchedule, load_model, load_tensors, one_cycle, save_tensors, small_steps, train_fold
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
@@ -53,6 +53,14 @@ def test_one_cycle_rises_once_and_falls_once():
     lr = [one_cycle(p) for p in np.linspace(0, 1, 101)]
     top = int(np.argmax(lr))
     assert lr == lr[:1] + sorted(lr[1:top + 1]) + sorted(lr[top + 1:], reverse=True) and lr[-1] < 1e-6 and max(lr) == pytest.approx(3e-3, rel=.01)
+
+def test_minutes_on_a_cpu_have_small_steps_and_their_number_does_not(prepared):
+    work, plan, _ = prepared
+    batch = lambda **kw: json.loads((train_fold(work, '2d', 0, device='cpu', **kw)/'model.json').read_text())['config']['batch']
+    asked = plan.models['2d']
+    few = small_steps(asked).batch
+    assert few == max(1, min(asked.batch, 2**15 // (asked.patch[0] * asked.patch[1])))
+    assert batch(steps=2) == asked.batch and batch(minutes=.02) == few
 
 def test_minutes_are_minutes(prepared):
     "On the clock: between 0.5 and 1.5 of the time asked for, and the learning rate has come down"
