@@ -19,7 +19,7 @@ def works(data):
         resample=('third-order resampling of a CT', '≥ 15×', list(RESAMPLE), 3, [ct]),
         prepare=('check, fingerprint, plan, preprocess in 2D and 3D', '≥ 6×', ['hippocampus', 'openkbp'], 3, [datasets]),
         logits=('logits to labels on the grid of the scan', '≥ 5×, ≤ 1/4 of the memory', list(LOGITS), 3, [make_logits]),
-        augment=('augmentation on one core, each its own set', '≥ 4×', list(PATCHES), 3, []),
+        augment=('augmentation of a million voxels on one core, each its own set', '≥ 4×', list(PATCHES), 3, []),
         step=('training step, loading and augmentation included', '≥ 1.5×', ['hippocampus'], 3, [datasets, prepared]),
         predict=('prediction with mirroring, file to file', '≥ 2.5×', ['hippocampus'], 3, [datasets, prepared, networks]),
         large=('CT of 600×512×512, 20 classes, file to file', '≤ 5 GB', ['large'], 1, [large_scan]),
@@ -73,8 +73,7 @@ def prepared(data):
     "Both have preprocessed Hippocampus, and share the folds"
     if not (FOLDER/'ours'/'hippocampus'/'plan.json').exists(): run('ours', 'prepare', 'hippocampus')
     if not (FOLDER/'peer'/'preprocessed'/'Dataset004_Hippocampus'/'nnUNetPlans.json').exists(): run('peer', 'prepare', 'hippocampus')
-    splits = (FOLDER/'splits.json').read_text()
-    (FOLDER/'peer'/'preprocessed'/'Dataset004_Hippocampus'/'splits_final.json').write_text(splits)
+    write(FOLDER/'peer'/'preprocessed'/'Dataset004_Hippocampus'/'splits_final.json', [dict(train=s['train'], val=s['valid']) for s in json.loads((FOLDER/'splits.json').read_text())])
 
 def networks(data):
     for side in ('ours', 'peer'): run(side, 'network', 'hippocampus')
