@@ -92,7 +92,9 @@ def write(path, d): path.parent.mkdir(parents=True, exist_ok=True); path.write_t
 
 def _peak(process, most, res, done):
     "Follow the memory of a process and its children, shared pages counted once; end it where it takes too much"
-    while not done.wait(.1):
+    pause = .1
+    while not done.wait(pause):
+        began = time.perf_counter()
         try: family = [process, *process.children(recursive=True)]
         except psutil.NoSuchProcess: return
         used = 0
@@ -100,6 +102,7 @@ def _peak(process, most, res, done):
             try: used += p.memory_full_info().pss
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess): pass
         res['memory'] = max(res.get('memory', 0), used)
+        pause = max(.1, 20 * (time.perf_counter() - began)) # adding up the pages of a large process takes time that is the process's own
         if used > most:
             res['ended'] = True
             for p in reversed(family):
