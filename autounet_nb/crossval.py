@@ -8,12 +8,11 @@ __all__ = ['saved_softmax', 'softmax_slabs', 'held_out', 'fold_folder', 'validat
 # %% ../nbs/14_crossval.ipynb #528dfd84
 from pathlib import Path
 import json, shutil
-import blosc2, numpy as np
+import numpy as np
 from .data import *
 from .plan import *
 from .preprocess import *
 from .train import *
-from .windows import *
 from .ensemble import *
 from .predict import *
 from .evaluate import *

@@ -89,7 +89,8 @@ class _Group(NamedTuple):
     first: int # slice that they reach
     stop: int # slice after the last
     batches: object # lists of windows that are seen at once
-    look: object # list of windows → probabilities (b,k,*size) times the share
+    look: object # list of windows → probabilities (b,k,*size)
+    share: float # of the sum of all voices
 
 def _groups(voice, x, overlap, batch):
     "The windows of a voice in groups, from top to bottom"
@@ -99,12 +100,12 @@ def _groups(voice, x, overlap, batch):
     batch, read = batch or max(1, BATCH_VOXELS.get(device.type, 2**22)//math.prod(size)), v.read or functools.partial(read_patch, x)
     def look(windows):
         xs = torch.from_numpy(np.stack([read(w.start, size) for w in windows])).float()
-        return _mirrored(v.net, xs.to(device), v.slice_axis, v.tta).cpu()*v.share
+        return _mirrored(v.net, xs.to(device), v.slice_axis, v.tta).cpu()
     z, *plane = (_along(n, k, overlap) for n, k in zip(shape, size))
     n = max(1, batch//math.prod(map(len, plane)))
     for some in (z[i:i + n] for i in range(0, len(z), n)):
         windows = (_window(spots, shape, size) for spots in product(some, *plane))
-        yield _Group(max(0, some[0][0]), min(shape[0], some[-1][0] + size[0]), iter(lambda w=windows: list(islice(w, batch)), []), look)
+        yield _Group(max(0, some[0][0]), min(shape[0], some[-1][0] + size[0]), iter(lambda w=windows: list(islice(w, batch)), []), look, v.share)
 
 @torch.inference_mode()
 def probability_slabs(
@@ -126,7 +127,7 @@ def probability_slabs(
         for windows in g.batches:
             ps = g.look(windows)
             if ps.shape[1] != classes: raise DataError(f'the network tells {ps.shape[1]} classes apart, but {classes} are asked for; use the weights that belong to this plan')
-            for p, (_, (z, *plane), part, weight) in zip(ps, windows): held[(slice(None), slice(z.start - done, z.stop - done), *plane)] += p[(slice(None), *part)]*weight
+            for p, (_, (z, *plane), part, weight) in zip(ps, windows): held[(slice(None), slice(z.start - done, z.stop - done), *plane)] += p[(slice(None), *part)]*(weight*g.share)
     yield held[:, :x.shape[1] - done].numpy()
 
 def whole(

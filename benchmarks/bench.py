@@ -12,7 +12,7 @@ FOLDER, PEER, RESULTS = HERE/'work', HERE/'peer'/'venv'/'bin'/'python', HERE/'re
 VERSION = '2.8.1' # of nnU-Net
 MOST = .9 # of this machine's memory; a process that takes more is ended, and that is its result
 
-def works(data):
+def works():
     "name → title, goal, cases, rounds, what has to be there first"
     from inputs import LOGITS, PATCHES, PEER_TIMES, RESAMPLE, TIMES
     return dict(
@@ -156,8 +156,9 @@ def _ratio(got):
 
 def _difference(work, case):
     "How far apart the two results are"
-    both = [FOLDER/f'{kind}_{case}_{side}.npy' for kind in ('resampled', 'labels') if work == dict(resampled='resample', labels='logits')[kind] for side in ('ours', 'peer')]
-    if not both or not all(f.exists() for f in both): return {}
+    kept = dict(resample='resampled', logits='labels').get(work)
+    both = [FOLDER/f'{kept}_{case}_{side}.npy' for side in ('ours', 'peer')]
+    if not all(f.exists() for f in both): return {}
     a, b = map(np.load, both)
     if work == 'logits': return dict(same=float(np.mean(a == b)))
     x = np.load(FOLDER/'ct.npy', mmap_mode='r')
@@ -192,7 +193,7 @@ def main():
     p.add_argument('--data', type=Path, default=HERE.parent/'data', help='folder with Task04_Hippocampus and Dataset101_OpenKBP')
     a = p.parse_args()
     sys.path.insert(0, str(HERE))
-    todo, known = works(a.data), json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    todo, known = works(), json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     names = [n for n in a.only.split(',') if n] or list(todo)
     if wrong := [n for n in names if n not in todo]: raise SystemExit(f'bench: there is no work {wrong[0]!r}; there are {", ".join(todo)}')
     FOLDER.mkdir(exist_ok=True); install()

@@ -9,9 +9,9 @@ from inputs import LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, patch_batches, sec
 
 def resample(case, folder):
     from autounet_nb.resample import resample
-    x, (_, shape, *_) = np.load(folder/'ct.npy', mmap_mode='r'), RESAMPLE[case]
-    x = x[:RESAMPLE[case][0][0]].copy()
-    seconds, y = seconds_of(lambda: resample(x, shape))
+    old, new = RESAMPLE[case]
+    x = np.load(folder/'ct.npy', mmap_mode='r')[:old[0]].copy()
+    seconds, y = seconds_of(lambda: resample(x, new))
     np.save(folder/f'resampled_{case}_ours.npy', y[::7, ::7, ::7])
     return dict(seconds=seconds)
 
@@ -44,7 +44,7 @@ def augment(case, folder):
     seconds = time.perf_counter() - start
     return dict(seconds=seconds / n / batches[0][0].numel() * 1e6, voxels_per_second=n * batches[0][0].numel() / seconds)
 
-def _learner(folder, steps, cbs=(), **kw):
+def _learner(folder, steps, cbs=()):
     from dataclasses import replace
     from autounet_nb.augment import Augment
     from autounet_nb.data import read_json
@@ -57,7 +57,7 @@ def _learner(folder, steps, cbs=(), **kw):
     split = read_json(folder/'splits.json')[0]
     train, valid = (prepared_cases(work, config, split[k]) for k in ('train', 'valid'))
     dls = patch_dls(train, valid, config)
-    return get_learner(dls, config, schedule=Budget(steps=steps), augment=False, cbs=[Augment(3), *cbs], **kw), config
+    return get_learner(dls, config, schedule=Budget(steps=steps), augment=False, cbs=[Augment(3), *cbs]), config
 
 def step(case, folder):
     from fastai.callback.core import Callback, CancelFitException

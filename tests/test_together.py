@@ -51,7 +51,7 @@ def same(a, b):
     "Rounding differs, because sums are taken in another order, and training makes it grow: from 1e-7 to a few 1e-4 within ten steps, when some voxels change sides"
     np.testing.assert_array_equal(a[0][:, 0], b[0][:, 0])
     np.testing.assert_allclose(a[0][:, 1:4], b[0][:, 1:4], atol=2e-3)
-    np.testing.assert_allclose(a[0][:, 4], b[0][:, 4], atol=1e-2)
+    np.testing.assert_allclose(a[0][:, 4], b[0][:, 4], atol=5e-3)
     for k in a[1]: np.testing.assert_allclose(a[1][k], b[1][k], atol=2e-2)
 
 @pytest.mark.parametrize('model, dice', [('2d', 'batch'), ('3d', 'sample'), ('3d_cascade', 'batch')])
