@@ -10,7 +10,6 @@ __all__ = ['DataError', 'split_name', 'Geometry', 'is_series', 'read_image', 'ch
 import gzip, math, os, platform, re, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from glob import escape
 from itertools import islice
 from pathlib import Path
 import numpy as np, psutil, SimpleITK as sitk
@@ -82,12 +81,15 @@ def _go_through(
     path, # of a file, packed by gzip or not
     start=0, # where the voxels begin
     dtype=None, # of the voxels, where they can be NaN
+    keep=np.empty(0, np.uint8), # array of bytes, to be filled from the first voxel on
 ) -> tuple: # (bytes inside, voxels that are NaN or infinite)
     "Read all that a file holds"
     bad = 0
     with _unpacked(path) as f:
         n = len(f.read(start))
         while b := f.read(1 << 20):
+            part = keep[n - start:][:len(b)]
+            part[:] = np.frombuffer(b, np.uint8, len(part))
             n += len(b)
             if dtype: bad += (~np.isfinite(np.frombuffer(b, dtype, len(b)//dtype.itemsize))).sum()
     return n, bad
@@ -196,11 +198,13 @@ def _header(
     except RuntimeError as e: raise _itk_error(path, e) from None
     return r
 
-def _check_nifti(
+_plain = {2: 'u1', 4: 'i2', 8: 'i4', 16: 'f4', 64: 'f8', 256: 'i1', 512: 'u2', 768: 'u4', 1024: 'i8', 1280: 'u8'} # NIfTI's numbers for types that NumPy has, too
+
+def _read_nifti(
     path, # of a NIfTI file
     r, # its `_header`
-):
-    "DataError for what ITK would silently replace: spacings, voxels that are NaN, and voxels that aren't there"
+): # array, the last axis first; None where more is to be done than to take the voxels as they lie in the file
+    "The voxels; DataError for what ITK would silently replace: spacings, voxels that are NaN, and voxels that aren't there"
     with _unpacked(path) as f: b = f.read(348)
     order, big = ('<', 'little') if int.from_bytes(b[:4], 'little') in (348, 540) else ('>', 'big')
     old = int.from_bytes(b[:4], big) == 348 # else NIfTI-2
@@ -209,23 +213,32 @@ def _check_nifti(
         if n > 1 and not 0 < v < math.inf: raise DataError(f'{path}: the spacing along {axis} is {v:g} mm; correct the header', 'spacing')
 
     meta = lambda k: int(float(r.GetMetaData(k)))
-    need = math.prod(max(1, meta(f'dim[{i+1}]')) for i in range(meta('dim[0]')))*meta('bitpix')//8 + meta('vox_offset')
+    count, start = math.prod(max(1, meta(f'dim[{i+1}]')) for i in range(meta('dim[0]'))), meta('vox_offset')
+    need = count*meta('bitpix')//8 + start
     if path.lower().endswith('.hdr'): path = next((p for p in (path[:-4] + s for s in ('.img', '.img.gz', '.IMG', '.IMG.GZ')) if os.path.exists(p)), path)
-    kind = {16: 'f4', 64: 'f8'}.get(meta('datatype'))
-    n, bad = _go_through(path, meta('vox_offset'), kind and np.dtype(order + kind))
+    kind = np.dtype(order + _plain.get(meta('datatype'), 'V1'))
+    slope, shift = np.frombuffer(b, order + 'f4', 2, 112)
+    take = (old and b[344:347] == b'n+1' and kind.kind != 'V' and shift == 0 and slope in (0, 1) and start >= 352
+            and count == math.prod(r.GetSize()) and need < 1100*os.path.getsize(path)) # nothing can be packed smaller than that
+    voxels = np.empty(count*take, kind)
+    n, bad = _go_through(path, start, kind if kind.kind == 'f' else None, voxels.view(np.uint8))
     if n < need: raise DataError(_broken.format(path))
     if bad: raise DataError(_nan.format(path, bad), 'not-finite')
+    return voxels.reshape(r.GetSize()[::-1]).astype(kind.newbyteorder('='), copy=False) if take else None
 
 _nan = '{}: {} voxels are NaN or infinite; replace them, for instance by the value of air'
 
 def _read_file(path):
-    "The SimpleITK image of a file that is known to be whole"
+    "The voxels of a file that is known to be whole, the last axis first, and what tells their place"
     r = _header(path)
     head, *at = _voxels_at(path)
     if head: _check_voxels(r, head, *at)
-    elif r.HasMetaDataKey('vox_offset'): _check_nifti(str(path), r) # a MetaImage or NRRD may have inherited such keys
-    try: return r.Execute()
+    elif r.HasMetaDataKey('vox_offset'): # a MetaImage or NRRD may have inherited such keys
+        a = _read_nifti(str(path), r)
+        if a is not None: return a, r
+    try: im = r.Execute()
     except RuntimeError as e: raise _itk_error(path, e) from None
+    return sitk.GetArrayFromImage(im), im
 
 # %% ../nbs/00_arrays.ipynb #96873308
 def _is_dicom(path):
@@ -264,7 +277,7 @@ def _read_series(folder):
     except RuntimeError as e: raise _itk_error(folder, e) from None
     at = [[float(v) for v in r.GetMetaData(i, '0020|0032').split('\\')] for i in range(len(files)) if r.HasMetaDataKey(i, '0020|0032')]
     gaps = np.linalg.norm(np.diff(at, axis=0), axis=1) if len(at) > 1 else np.ones(1)
-    if gaps.max() <= 1.5*gaps.min(): return im
+    if gaps.max() <= 1.5*gaps.min(): return sitk.GetArrayFromImage(im), im
     raise DataError(f'{folder}: the gaps between slices go from {gaps.min():.4g} to {gaps.max():.4g} mm; fetch the missing slices, or give every volume its own folder')
 
 # %% ../nbs/00_arrays.ipynb #dfbaa40d
@@ -283,11 +296,11 @@ def _array(
     path, # of a file, or of the folder of a DICOM series
 ) -> tuple:
     "The voxels (c,z,y,x), in the file's own type, and their `Geometry`"
-    im = _read_series(path) if os.path.isdir(path) else _read_file(path)
-    a, n, parts = sitk.GetArrayFromImage(im), im.GetDimension(), im.GetNumberOfComponentsPerPixel()
+    a, im = _read_series(path) if os.path.isdir(path) else _read_file(path)
+    n = im.GetDimension()
     if np.iscomplexobj(a): raise DataError(f'{path}: holds complex numbers; save their magnitude instead')
-    if n > 3 + (parts == 1): raise DataError(f'{path}: has more than four dimensions; save each channel as a 3D file')
-    if parts > 1: a = np.moveaxis(a, -1, 0)
+    if a.ndim > 4: raise DataError(f'{path}: has more than four dimensions; save each channel as a 3D file')
+    if a.ndim > n: a = np.moveaxis(a, -1, 0) # several numbers per voxel
     elif n < 4: a = a[None]
     if _opaque(a, path): a = a[:3]
     if n == 2: a = a[:, None]
@@ -342,8 +355,9 @@ _HERE = f'{zlib.crc32(platform.node().encode()) & 0xffff:04x}' # this machine, i
 
 def _left_behind(path):
     "Hidden files beside `path` of processes of this machine that died while they wrote it"
-    found = ((f.name.split('.')[1], f) for f in path.parent.glob(f'.*.{_HERE}.{escape(path.name)}'))
-    return [f for pid, f in found if pid.isdigit() and not psutil.pid_exists(int(pid))]
+    end = f'.{_HERE}.{path.name}'
+    found = ((f[1:-len(end)], f) for f in os.listdir(path.parent) if f.startswith('.') and f.endswith(end))
+    return [path.parent/f for pid, f in found if pid.isdigit() and not psutil.pid_exists(int(pid))]
 
 @contextmanager
 def atomic(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from fastcore.imports import ipython_shell
-from fastprogress.fastprogress import progress_bar
 from joblib import Parallel, delayed
 from .arrays import *
 
@@ -181,6 +180,7 @@ def progress(
 ):
     "The items one by one, with a bar and an estimate of what is left where somebody sees it"
     if not watched(): return items
+    from fastprogress.fastprogress import progress_bar # takes a tenth of a second, which no worker has to wait for
     bar = progress_bar(items, total=total)
     bar.comment = desc
     return bar
