@@ -122,8 +122,8 @@ def _places(drawn, plane, device):
 def _number(voxel, shape):
     "Numbers of voxels in a list of all values of (b, c, *plane), from their place along each axis, (b, ...) each"
     b, c, *plane = shape
-    at = 0
-    for v, n in zip(voxel, plane): at = at * n + v.int()
+    at = voxel[0].int()
+    for v, n in zip(voxel[1:], plane[1:]): at.mul_(n).add_(v.int())
     first = torch.arange(b * c, dtype=torch.int32, device=at.device).view(b, c, *[1] * len(plane)) * math.prod(plane)
     return first + at[:, None]
 
@@ -134,11 +134,11 @@ def _linear(x, at):
     plane = x.shape[2:]
     at = [at[:, k].clamp(0, n - 1) for k, n in enumerate(plane)]
     low = [v.floor().clamp_(max=max(0, n - 2)) for v, n in zip(at, plane)]
-    number, weight = _number(low, x.shape), [(v - l)[:, None] for v, l in zip(at, low)]
+    number, weight = _number(low, x.shape), [v.sub_(l)[:, None] for v, l in zip(at, low)]
     def mixed(values, axis): # of the corners from `axis` on
         if axis == len(plane): return _pick(values, number)
         step = min(1, plane[axis] - 1) * math.prod(plane[axis + 1:])
-        return torch.lerp(mixed(values, axis + 1), mixed(values[step:], axis + 1), weight[axis])
+        return mixed(values, axis + 1).lerp_(mixed(values[step:], axis + 1), weight[axis])
     return mixed(x.flatten(), 0)
 
 def _nearest(y, at):
