@@ -144,14 +144,15 @@ def compare(work, case, rounds):
     return got | _ratio(got) | _difference(work, case)
 
 def _ratio(got):
-    "Ratio of the medians, its spread over the rounds, ratio of memories"
+    "Ratio of the medians, its spread over the rounds, ratios of the memory of the process and of what the work adds to it"
     seconds = {k: [r['seconds'] for r in v if 'seconds' in r] for k, v in got.items()}
     res = {}
     if all(seconds.values()):
         each = [b / a for a, b in zip(seconds['ours'], seconds['peer'])]
         res = dict(ratio=statistics.median(seconds['peer']) / statistics.median(seconds['ours']), spread=[min(each), max(each)])
-    memory = {k: [r['memory'] for r in v if 'memory' in r] for k, v in got.items()}
-    if all(memory.values()): res['memory_ratio'] = statistics.median(memory['ours']) / statistics.median(memory['peer'])
+    for what in ('memory', 'added'):
+        used = {k: [r[what] for r in v if what in r] for k, v in got.items()}
+        if all(used.values()): res[f'{what}_ratio'] = statistics.median(used['ours']) / statistics.median(used['peer'])
     return res
 
 def _difference(work, case):
@@ -166,13 +167,12 @@ def _difference(work, case):
     return dict(difference=float(np.abs(a - b).max() / x.std()))
 
 def curves(cases):
-    "Dice against minutes of training, each side with its own lengths"
-    got = {}
+    "Dice against minutes of training, each side with its own lengths; what there is so far, each time there is more"
+    got = {side: [] for side in cases}
     for side, names in cases.items():
-        got[side] = []
         for name in names:
             got[side].append(dict(case=name) | run(side, 'learn', name)); print('learn', side, got[side][-1], flush=True)
-    return got
+            yield got
 
 def machine():
     cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
@@ -202,9 +202,9 @@ def main():
         try:
             for need in needs: need(a.data)
         except FileNotFoundError as e: print(f'bench: {name} is left out: {e}'); continue
-        got = curves(cases) if name == 'learn' else {c: compare(name, c, rounds) for c in cases}
-        known[name] = dict(title=title, goal=goal, machine=machine(), cases=got)
-        write(RESULTS, known)
+        for got in curves(cases) if name == 'learn' else [{c: compare(name, c, rounds) for c in cases}]:
+            known[name] = dict(title=title, goal=goal, machine=machine(), cases=got)
+            write(RESULTS, known)
     print(f'results: {RESULTS}')
 
 if __name__ == '__main__': main()

@@ -1,5 +1,6 @@
 "What both sides work on: sizes, and arrays that are made once. Nothing but NumPy and SciPy, so that both can import it."
-import time
+import re, time
+from pathlib import Path
 import numpy as np
 
 RESAMPLE = { # (z,y,x) before and after
@@ -19,6 +20,13 @@ def seconds_of(f):
     "How long a call takes, and what it returns"
     start = time.perf_counter(); res = f()
     return time.perf_counter() - start, res
+
+def memory_of(f):
+    "By how many bytes a call raises the memory of this process at its peak (on Linux), how long it takes, and what it returns"
+    peak = lambda: int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
+    Path('/proc/self/clear_refs').write_text('5') # the peak so far is forgotten
+    before = peak(); seconds, res = seconds_of(f)
+    return peak() - before, seconds, res
 
 def _noise(shape, coarse, seed, dtype=np.float32):
     "Smooth random values between coarse random ones"

@@ -5,7 +5,7 @@ FOLDER holds the inputs, see inputs.py. Each function is one work and has its co
 import json, shutil, sys, time
 from pathlib import Path
 import numpy as np
-from inputs import LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, patch_batches, seconds_of
+from inputs import LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, memory_of, patch_batches, seconds_of
 
 def resample(case, folder):
     from autounet_nb.resample import resample
@@ -28,9 +28,9 @@ def logits(case, folder):
     x, native = torch.from_numpy(np.load(folder/f'logits_{case}.npy')), LOGITS[case][2]
     meta = dict(box=[[0, n] for n in native], cropped_shape=list(native), shape=list(x.shape[1:]))
     slabs = (x[:, z:z + 8].float().softmax(0).numpy() for z in range(0, x.shape[1], 8))
-    seconds, y = seconds_of(lambda: restore(slabs, meta, native))
+    added, seconds, y = memory_of(lambda: restore(slabs, meta, native))
     np.save(folder/f'labels_{case}_ours.npy', y[::3, ::3, ::3])
-    return dict(seconds=seconds)
+    return dict(seconds=seconds, added=added)
 
 def augment(case, folder):
     import torch

@@ -5,7 +5,7 @@ Run by the Python of nnU-Net's own virtual environment. Each function is one wor
 import json, os, shutil, sys, time
 from pathlib import Path
 import numpy as np
-from inputs import LOGITS, NETWORK, PATCHES, RESAMPLE, patch_batches, seconds_of
+from inputs import LOGITS, NETWORK, PATCHES, RESAMPLE, memory_of, patch_batches, seconds_of
 
 IDS = dict(hippocampus=4, openkbp=101) # of the datasets
 
@@ -41,9 +41,9 @@ def logits(case, folder):
     config = SimpleNamespace(spacing=[1., 1., 1.], resampling_fn_probabilities=partial(resample_data_or_seg_to_shape, is_seg=False, order=1, order_z=0, force_separate_z=None))
     labels = LabelManager({'background': 0, **{f'class_{i}': i for i in range(1, k)}}, None)
     properties = dict(spacing=[a / b for a, b in zip(shape, native)], shape_after_cropping_and_before_resampling=native, shape_before_cropping=native, bbox_used_for_cropping=[[0, n] for n in native])
-    seconds, y = seconds_of(lambda: convert(x, plans, config, labels, properties, num_threads_torch=os.cpu_count()))
+    added, seconds, y = memory_of(lambda: convert(x, plans, config, labels, properties, num_threads_torch=os.cpu_count()))
     np.save(folder/f'labels_{case}_peer.npy', y[::3, ::3, ::3])
-    return dict(seconds=seconds)
+    return dict(seconds=seconds, added=added)
 
 def augment(case, folder):
     import torch

@@ -30,9 +30,14 @@ def test_a_failure_ends_the_benchmark_with_its_error(bench):
     with pytest.raises(SystemExit, match='no such luck'): bench.measured([sys.executable, '-c', 'raise OSError("no such luck")'])
 
 def test_the_ratio_is_that_of_the_medians_with_its_spread(bench):
-    got = dict(ours=[dict(seconds=s, memory=10) for s in (1, 2, 9)], peer=[dict(seconds=s, memory=40) for s in (8, 6, 27)])
-    assert bench._ratio(got) == dict(ratio=4, spread=[3, 8], memory_ratio=.25)
+    got = dict(ours=[dict(seconds=s, memory=10, added=1) for s in (1, 2, 9)], peer=[dict(seconds=s, memory=40, added=8) for s in (8, 6, 27)])
+    assert bench._ratio(got) == dict(ratio=4, spread=[3, 8], memory_ratio=.25, added_ratio=.125)
     assert 'ratio' not in bench._ratio(dict(ours=[dict(seconds=1)], peer=[dict(ended='more than 1 GB')]))
+
+def test_what_a_call_adds_to_the_memory_is_its_own(bench):
+    from inputs import memory_of
+    added, seconds, res = memory_of(lambda: len(np.ones(10**8)))
+    assert res == 10**8 and .7e9 < added < .9e9 and seconds > 0
 
 def test_inputs_are_the_same_for_both_whenever_they_are_made(bench, tmp_path):
     from inputs import RESAMPLE, patch_batches
