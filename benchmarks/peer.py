@@ -141,8 +141,8 @@ def predict(case, folder):
 def learn(case, folder):
     "Train for some minutes with nnU-Net's short recipes, and segment the held-out cases: Dice against the minutes of training"
     from inputs import PEER_TIMES
-    base, minutes = PEER_TIMES[case]
-    trainer = _trainer(folder, 1, base, num_iterations_per_epoch=25)
+    base, rate, minutes = PEER_TIMES[case]
+    trainer = _trainer(folder, 1, base, num_iterations_per_epoch=25, initial_lr=rate)
     trainer.on_train_start(); trainer.network.train()
     def steps(n):
         for _ in range(n): trainer.train_step(next(trainer.dataloader_train))
