@@ -305,6 +305,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'autounet_nb.design._nearest': ('design.html#_nearest', 'autounet_nb/design.py'),
                                     'autounet_nb.design._reasons': ('design.html#_reasons', 'autounet_nb/design.py'),
                                     'autounet_nb.design._shrunk': ('design.html#_shrunk', 'autounet_nb/design.py'),
+                                    'autounet_nb.design._way': ('design.html#_way', 'autounet_nb/design.py'),
                                     'autounet_nb.design._why_batch': ('design.html#_why_batch', 'autounet_nb/design.py'),
                                     'autounet_nb.design._why_dice': ('design.html#_why_dice', 'autounet_nb/design.py'),
                                     'autounet_nb.design._why_features': ('design.html#_why_features', 'autounet_nb/design.py'),

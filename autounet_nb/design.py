@@ -116,33 +116,36 @@ def _fit(brief):
         if not by_hand: largest = max(2, min(largest, step // MIN_BATCH))
 
 # %% ../nbs/02f_design.ipynb #1ed51f0b
-def _shrunk(briefs, field, share):
-    "A setting that these models have in common, shrunk to a share of it, as it comes out; None where that does not fit them all"
-    v = briefs[0].edits[field]
-    less = [max(1, round(n * share)) for n in v] if isinstance(v, list) else max(1, round(v * share))
-    by_hand = lambda brief, value: _fit(replace(brief, edits={**brief.edits, field: value}))[0]
+def _shrunk(briefs, names, share):
+    "Settings that these models have in common, by name, shrunk to a share of them, as they come out; None where that does not fit them all"
+    given = {f: briefs[0].edits[f] for f in names}
+    less = {f: [max(1, round(n * share)) for n in v] if isinstance(v, list) else max(1, round(v * share)) for f, v in given.items()}
+    by_hand = lambda brief, values: _fit(replace(brief, edits=brief.edits | values))[0]
     try:
-        out = getattr(by_hand(briefs[0], less), field)
-        res = list(out) if isinstance(v, list) else out[0] if field == 'features' else out
+        out = by_hand(briefs[0], less)
+        res = {f: list(getattr(out, f)) if isinstance(v, list) else out.features[0] if f == 'features' else getattr(out, f) for f, v in given.items()}
         for b in briefs: by_hand(b, res) # a patch that was padded may be pooled once more
         return res
     except DataError: return None
 
-def _largest(briefs, field):
-    "The largest value of such a setting that fits, or None: a search by halves, in thousandths of what was asked for"
+def _largest(briefs, names):
+    "The largest values of such settings that fit, by name, or None: a search by halves, in thousandths of what was asked for"
     low, high = 0, 1000
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _shrunk(briefs, field, middle / 1000) else (low, middle)
-    return _shrunk(briefs, field, low / 1000)
+        low, high = (middle, high) if _shrunk(briefs, names, middle / 1000) else (low, middle)
+    return _shrunk(briefs, names, low / 1000)
+
+def _way(brief, briefs, names):
+    "What to set in place of these settings of a model, and of those that share them, in words; None where nothing fits"
+    sharing = [b for b in briefs if b != brief and all(f in b.edits and b.key(f) == brief.key(f) for f in names)]
+    values = _largest([brief] + sharing, names)
+    return values and ' with '.join(f'{brief.key(f)}={",".join(map(str, v)) if isinstance(v, list) else v}' for f, v in values.items())
 
 def _nearest(brief, briefs):
-    "What to set in place of what is too large, in words"
-    ways = []
-    for f in ('patch', 'batch', 'features'):
-        if f not in brief.edits: continue
-        v = _largest([brief] + [b for b in briefs if b != brief and f in b.edits and b.key(f) == brief.key(f)], f)
-        if v: ways.append(f'{brief.key(f)}={",".join(map(str, v)) if isinstance(v, list) else v}')
+    "What to set in place of what is too large, in words: one setting, or all of them where one isn't enough"
+    names = [f for f in ('patch', 'batch', 'features') if f in brief.edits]
+    ways = [w for f in names if (w := _way(brief, briefs, [f]))] or [w for w in [_way(brief, briefs, names)] if w]
     return 'the nearest that fits is ' + ' or '.join(ways) if ways else 'plan for hardware with more memory, such as --hardware 16GB'
 
 # %% ../nbs/02f_design.ipynb #600997f6

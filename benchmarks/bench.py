@@ -174,6 +174,11 @@ def curves(cases):
             got[side].append(dict(case=name) | run(side, 'learn', name)); print('learn', side, got[side][-1], flush=True)
             yield got
 
+def _last_time(result):
+    "How long a work took when it was measured last"
+    sides = [result['cases']] if 'ours' in result['cases'] else result['cases'].values()
+    return f'{sum(r["wall"] for c in sides for side in ("ours", "peer") for r in c[side]) / 60:.0f} minutes the last time'
+
 def machine():
     cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
     from importlib.metadata import version
@@ -197,6 +202,7 @@ def main():
     names = [n for n in a.only.split(',') if n] or list(todo)
     if wrong := [n for n in names if n not in todo]: raise SystemExit(f'bench: there is no work {wrong[0]!r}; there are {", ".join(todo)}')
     FOLDER.mkdir(exist_ok=True); install()
+    print('; '.join(f'{n}: {_last_time(known[n]) if n in known else "time unknown"}' for n in names), flush=True)
     for name in names:
         title, goal, cases, rounds, needs = todo[name]
         try:

@@ -93,17 +93,18 @@ def large(case, folder):
     "A CT of 600×512×512 with 20 classes, at the spacing of the plan, from file to file"
     from autounet_nb.predict import predict
     work, out = folder/'ours'/'large', folder/'ours'/'large_predicted'
-    if not (work/'plan.json').exists(): _large_work(work)
+    _untrained(work, (600, 512, 512), 19, (64, 96, 96))
     if out.exists(): shutil.rmtree(out)
     return dict(seconds=seconds_of(lambda: predict(work, folder/'large', out, tta=False))[0])
 
-def _large_work(work):
+def _untrained(work, shape, classes, patch):
+    "A work folder with a plan for CTs of this shape, and a small network that has learnt nothing"
     import torch
     from autounet_nb.data import write_json
     from autounet_nb.plan import make_plan, sketch_fingerprint
     from autounet_nb.train import save_tensors
     from autounet_nb.unet import build_unet
-    plan = make_plan(sketch_fingerprint((600, 512, 512), classes=19, modalities=('CT',)), 'cpu', {'3d.features': 8, '3d.patch': [64, 96, 96]})
+    plan = make_plan(sketch_fingerprint(shape, classes=classes, modalities=('CT',)), 'cpu', {'3d.features': 8, '3d.patch': list(patch)})
     plan.save(work/'plan.json')
     torch.manual_seed(0)
     net = build_unet(plan.models['3d'])
@@ -131,19 +132,18 @@ def growth(case, folder):
     from autounet_nb.run import prepare
     from autounet_nb.train import train_fold
     kind, what = case.split('_')
-    root, size, base = folder/'growth'/case, [1, 2, 4, 8], (40, 48, 40)
+    root, seconds = folder/'growth'/case, {}
     shutil.rmtree(root, ignore_errors=True)
-    shapes = {1: base, 2: (80, 48, 40), 4: (80, 96, 40), 8: (80, 96, 80)}
-    seconds = {}
-    for k in size:
-        n, shape = (8 * k, base) if what == 'cases' else (8, shapes[k]) if what == 'voxels' else (8, base)
-        scans = make_phantoms(root/f'scans{k}', n=n, shape=shape)
-        work = root/f'work{k}'
-        prepared, _ = seconds_of(lambda: prepare(scan(root/f'scans{k}'), work, ['3d'], 'cpu', workers=1))
-        if kind == 'prepare': seconds[k] = prepared; continue
-        trained, _ = seconds_of(lambda: train_fold(work, '3d', 0, steps=20 * k if what == 'steps' else 5))
-        seconds[k] = trained if kind == 'train' else seconds_of(lambda: predict(work, scans, root/f'out{k}', tta=False))[0]
-    x, y = np.log(size), np.log([seconds[k] for k in size])
+    for k, shape in {1: (96, 96, 96), 2: (192, 96, 96), 4: (192, 192, 96), 8: (192, 192, 192)}.items():
+        n, shape = (4, shape) if what == 'voxels' else (8 * k if what == 'cases' else 8, (40, 48, 40))
+        scans, work = make_phantoms(root/f'scans{k}', n=n, shape=shape), root/f'work{k}'
+        if kind == 'predict':
+            _untrained(work, shape, 2, (24, 24, 24))
+            seconds[k] = seconds_of(lambda: predict(work, scans, root/f'out{k}', tta=False))[0]
+            continue
+        seconds[k] = seconds_of(lambda: prepare(scan(root/f'scans{k}'), work, ['3d'], 'cpu', workers=1))[0]
+        if kind == 'train': seconds[k] = seconds_of(lambda: train_fold(work, '3d', 0, steps=20 * k))[0]
+    x, y = np.log(list(seconds)), np.log(list(seconds.values()))
     return dict(seconds=seconds[8], each=list(seconds.values()), exponent=float(np.polyfit(x, y, 1)[0]))
 
 if __name__ == '__main__':
