@@ -139,7 +139,7 @@ def _linear(x, at):
         if axis == len(plane): return _pick(values, number)
         step = min(1, plane[axis] - 1) * math.prod(plane[axis + 1:])
         return mixed(values, axis + 1).lerp_(mixed(values[step:], axis + 1), weight[axis])
-    return mixed(x.flatten(), 0)
+    return mixed(x.float().flatten(), 0).to(x.dtype)
 
 def _nearest(y, at):
     "Values of (b, c, *plane) at the voxels nearest to the places: integers stay integers"
@@ -173,9 +173,8 @@ def spatial(
     with torch.autocast('cpu', enabled=False), torch.autocast(x.device.type, enabled=False): # half precision would move voxels
         at = _places(Drawn(*(v[moved] for v in drawn)), [n for i, n in enumerate(patch) if i != axis], x.device)
     i = moved.to(x.device)
-    some_x, some_y = x.index_select(0, i), y.index_select(0, i)[:, None]
-    return (x.index_copy(0, i, _volume(_in_pieces(_linear, _slices(some_x.float(), axis), at), axis, x.shape[1]).to(x.dtype)),
-            y.index_copy(0, i, _volume(_in_pieces(_nearest, _slices(some_y, axis), at), axis, 1)[:, 0]))
+    def seen(read, t): return _volume(_in_pieces(read, _slices(t.index_select(0, i), axis), at), axis, t.shape[1])
+    return x.index_copy(0, i, seen(_linear, x)), y.index_copy(0, i, seen(_nearest, y[:, None])[:, 0])
 
 # %% ../nbs/09_augment.ipynb #fe7a128c
 def gamma(

@@ -145,8 +145,9 @@ def _way(brief, briefs, names):
 def _nearest(brief, briefs):
     "What to set in place of what is too large, in words: one setting, or all of them where one isn't enough"
     names = [f for f in ('patch', 'batch', 'features') if f in brief.edits]
-    ways = [w for f in names if (w := _way(brief, briefs, [f]))] or [w for w in [_way(brief, briefs, names)] if w]
-    return 'the nearest that fits is ' + ' or '.join(ways) if ways else 'plan for hardware with more memory, such as --hardware 16GB'
+    for tried in [[f] for f in names], [names] * (len(names) > 1):
+        if ways := [w for some in tried if (w := _way(brief, briefs, some))]: return 'the nearest that fits is ' + ' or '.join(ways)
+    return 'plan for hardware with more memory, such as --hardware 16GB'
 
 # %% ../nbs/02f_design.ipynb #600997f6
 def reason(
