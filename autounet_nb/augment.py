@@ -119,39 +119,40 @@ def _places(drawn, plane, device):
     return at
 
 # %% ../nbs/09_augment.ipynb #6bcd84d4
-def _number(voxel, shape):
-    "Numbers of voxels in a list of all values of (b, c, *plane), from their place along each axis, (b, ...) each"
-    b, c, *plane = shape
+def _number(voxel, shape, i):
+    "Numbers of voxels of samples `i` in a list of all values of (b, c, *plane), from their place along each axis, (samples, ...) each"
+    _, c, *plane = shape
     at = voxel[0].int()
     for v, n in zip(voxel[1:], plane[1:]): at.mul_(n).add_(v.int())
-    first = torch.arange(b * c, dtype=torch.int32, device=at.device).view(b, c, *[1] * len(plane)) * math.prod(plane)
-    return first + at[:, None]
+    first = (i.int()[:, None] * c + torch.arange(c, dtype=torch.int32, device=i.device)) * math.prod(plane)
+    return first.view(-1, c, *[1] * len(plane)) + at[:, None]
 
 def _pick(values, number): return values.index_select(0, number.flatten()).view_as(number)
 
-def _linear(x, at):
-    "Values of (b, c, *plane) at the places (b, axes, ...), linearly interpolated, (b, c, ...)"
+def _linear(x, i, at):
+    "Values of samples `i` of (b, c, *plane) at the places (samples, axes, ...), linearly interpolated, (samples, c, ...)"
     plane = x.shape[2:]
     at = [at[:, k].clamp(0, n - 1) for k, n in enumerate(plane)]
     low = [v.floor().clamp_(max=max(0, n - 2)) for v, n in zip(at, plane)]
-    number, weight = _number(low, x.shape), [v.sub_(l)[:, None] for v, l in zip(at, low)]
+    number, weight = _number(low, x.shape, i), [v.sub_(l)[:, None] for v, l in zip(at, low)]
     def mixed(values, axis): # of the corners from `axis` on
         if axis == len(plane): return _pick(values, number)
         step = min(1, plane[axis] - 1) * math.prod(plane[axis + 1:])
         return mixed(values, axis + 1).lerp_(mixed(values[step:], axis + 1), weight[axis])
     return mixed(x.float().flatten(), 0).to(x.dtype)
 
-def _nearest(y, at):
-    "Values of (b, c, *plane) at the voxels nearest to the places: integers stay integers"
-    return _pick(y.flatten(), _number([at[:, k].round().clamp_(0, n - 1) for k, n in enumerate(y.shape[2:])], y.shape))
+def _nearest(y, i, at):
+    "Values of samples `i` of (b, c, *plane) at the voxels nearest to the places: integers stay integers"
+    return _pick(y.flatten(), _number([at[:, k].round().clamp_(0, n - 1) for k, n in enumerate(y.shape[2:])], y.shape, i))
 
 PIECE = 2**17 # voxels that a processor reads at a time; measured
 
-def _in_pieces(read, x, at):
-    "The same, some slices at a time on a processor"
-    slices = max(1, PIECE // x[:, :, 0].numel()) if x.device.type == 'cpu' else at.shape[2]
-    x = x.contiguous()
-    return torch.cat([read(x, part) for part in at.split(slices, dim=2)], dim=2)
+def _moved(read, x, i, at):
+    "(b, c, *plane) with samples `i` read at the places (samples, axes, *plane), on a processor some slices at a time"
+    x, out = x.contiguous(), x.clone(memory_format=torch.contiguous_format)
+    slices = max(1, PIECE // (len(i) * x[0, :, 0].numel())) if x.device.type == 'cpu' else at.shape[2]
+    for part, there in zip(at.split(slices, dim=2), out.split(slices, dim=2)): there.index_copy_(0, i, read(x, i, part))
+    return out
 
 def _slices(t, axis):
     "(b, c, *patch) with the slices across `axis` among the channels, (b, c · slices, *plane)"
@@ -172,9 +173,8 @@ def spatial(
     patch, axis = list(x.shape[2:]), flat_axis(x.shape[2:])
     with torch.autocast('cpu', enabled=False), torch.autocast(x.device.type, enabled=False): # half precision would move voxels
         at = _places(Drawn(*(v[moved] for v in drawn)), [n for i, n in enumerate(patch) if i != axis], x.device)
-    i = moved.to(x.device)
-    def seen(read, t): return _volume(_in_pieces(read, _slices(t.index_select(0, i), axis), at), axis, t.shape[1])
-    return x.index_copy(0, i, seen(_linear, x)), y.index_copy(0, i, seen(_nearest, y[:, None])[:, 0])
+    def seen(read, t): return _volume(_moved(read, _slices(t, axis), moved.to(x.device), at), axis, t.shape[1])
+    return seen(_linear, x), seen(_nearest, y[:, None])[:, 0]
 
 # %% ../nbs/09_augment.ipynb #fe7a128c
 def gamma(
@@ -202,11 +202,8 @@ def mirror(
 ):
     "Mirror each sample along the drawn axes"
     if not drawn.flip.any(): return x, y
-    x, y = x.clone(), y.clone()
-    for i, flip in enumerate(drawn.flip):
-        axes = flip.nonzero().flatten().tolist()
-        if axes: x[i], y[i] = x[i].flip([1 + a for a in axes]), y[i].flip(axes)
-    return x, y
+    axes = [(flip.nonzero().flatten() - len(flip)).tolist() for flip in drawn.flip] # counted from the last, alike in both
+    return tuple(torch.stack([v.flip(a) for v, a in zip(t, axes)]) for t in (x, y))
 
 # %% ../nbs/09_augment.ipynb #0f97aff4
 FEW_CASES = 20 # to train on, below which a short training needs the whole set; measured
@@ -253,7 +250,7 @@ def step_generator(
 
 class Augment(Callback):
     "Augments training batches; draws depend on `seed` and `step` alone"
-    order, run_valid = 66, False # after mixed precision and memory layout, and after a journal that sets `step`
+    order, run_valid = 66, False # after mixed precision, and after a journal that sets `step`
     def __init__(self,
         dim=None, # 2 or 3, to choose the set; by default it follows from the batch
         seed=0,

@@ -91,5 +91,4 @@ class FirstStage(Callback):
     def before_batch(self):
         first, y = self.y // self.classes, self.y % self.classes
         if self.training: first = disturb(first, self.classes, self.spacing, step_generator(self.seed + 1, self.learn.journal.step))
-        x = torch.cat([self.x, one_hot(first, self.classes, self.x.dtype)], 1)
-        self.learn.xb, self.learn.yb = (x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last),), (y,)
+        self.learn.xb, self.learn.yb = (torch.cat([self.x, one_hot(first, self.classes, self.x.dtype)], 1),), (y,)

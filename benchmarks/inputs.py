@@ -13,10 +13,10 @@ LOGITS = { # classes, (z,y,x) at the spacing of the plan and of the scan, type
     '100_classes': (100, (150, 256, 256), (200, 512, 512), np.float16)}
 PATCHES = {'40x56x40': (40, 56, 40), '64x128x128': (64, 128, 128)}
 NETWORK = dict(patch=(40, 56, 40), batch=2, features=(16, 32, 64, 128)) # 3D, max pooling, kernels of 3³
-TIMES = {'half_a_minute': .5, 'one_minute': 1, 'two_minutes': 2, 'four_minutes': 4} # of training
+TIMES = {'quarter_of_a_minute': .25, 'half_a_minute': .5, 'one_minute': 1, 'two_minutes': 2, 'four_minutes': 4} # of training
 ADAM, SGD = 'nnUNetTrainerVanillaAdam1en3', 'nnUNetTrainer'
 PEER_TIMES = { # trainer, learning rate at first, minutes
-    'adam_5_minutes': (ADAM, 1e-3, 5), 'adam_10_minutes': (ADAM, 1e-3, 10), 'adam_20_minutes': (ADAM, 1e-3, 20),
+    'adam_1_minute': (ADAM, 1e-3, 1), 'adam_2_minutes': (ADAM, 1e-3, 2), 'adam_5_minutes': (ADAM, 1e-3, 5), 'adam_10_minutes': (ADAM, 1e-3, 10), 'adam_20_minutes': (ADAM, 1e-3, 20),
     'adam_3e-3_10_minutes': (ADAM, 3e-3, 10), 'sgd_10_minutes': (SGD, 1e-2, 10)}
 
 def seconds_of(f):

@@ -23,14 +23,18 @@ def prepare(case, folder):
     return dict(seconds=seconds_of(lambda: prepare(scan(folder/'data'/case), work, ['2d', '3d'], 'cpu'))[0])
 
 def logits(case, folder):
-    import torch
     from autounet_nb.restore import restore
-    x, native = torch.from_numpy(np.load(folder/f'logits_{case}.npy')), LOGITS[case][2]
+    x, native = np.load(folder/f'logits_{case}.npy'), LOGITS[case][2]
     meta = dict(box=[[0, n] for n in native], cropped_shape=list(native), shape=list(x.shape[1:]))
-    slabs = (x[:, z:z + 8].float().softmax(0).numpy() for z in range(0, x.shape[1], 8))
+    slabs = (_softmax(x[:, z:z + 8]) for z in range(0, x.shape[1], 8))
     added, seconds, y = memory_of(lambda: restore(slabs, meta, native))
     np.save(folder/f'labels_{case}_ours.npy', y[::3, ::3, ::3])
     return dict(seconds=seconds, added=added)
+
+def _softmax(logits):
+    p = logits.astype(np.float32)
+    p -= p.max(0); np.exp(p, out=p); p /= p.sum(0)
+    return p
 
 def augment(case, folder):
     import torch
