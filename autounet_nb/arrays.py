@@ -7,9 +7,10 @@ __all__ = ['DataError', 'split_name', 'Geometry', 'is_series', 'read_image', 'ch
            'write_like']
 
 # %% ../nbs/00_arrays.ipynb #d82ba435
-import gzip, math, os, platform, re, zlib
+import gzip, math, os, platform, re, time, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 import numpy as np, psutil, SimpleITK as sitk
@@ -353,11 +354,15 @@ def read_label(
 # %% ../nbs/00_arrays.ipynb #c2123124
 _HERE = f'{zlib.crc32(platform.node().encode()) & 0xffff:04x}' # this machine, in four letters
 
-def _left_behind(path):
-    "Hidden files beside `path` of processes of this machine that died while they wrote it"
-    end = f'.{_HERE}.{path.name}'
-    found = ((f[1:-len(end)], f) for f in os.listdir(path.parent) if f.startswith('.') and f.endswith(end))
-    return [path.parent/f for pid, f in found if pid.isdigit() and not psutil.pid_exists(int(pid))]
+@lru_cache(maxsize=64)
+def _tidy(
+    folder, # to look into
+    minute, # of the clock: once in each is enough, as looking takes the longer the more files there are
+):
+    "Remove what processes of this machine that died have left half written in a folder"
+    for f in os.listdir(folder):
+        _, pid, machine, *_ = f.split('.', 3) + ['']*3
+        if f.startswith('.') and machine == _HERE and pid.isdigit() and not psutil.pid_exists(int(pid)): (folder/f).unlink(missing_ok=True)
 
 @contextmanager
 def atomic(
@@ -366,7 +371,7 @@ def atomic(
     "A hidden path beside `path` to write to; moved to `path` at the end, removed where something fails"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for f in _left_behind(path): f.unlink(missing_ok=True)
+    _tidy(path.parent, int(time.monotonic()//60))
     tmp = path.with_name(f'.{os.getpid()}.{_HERE}.{path.name}')
     try:
         yield tmp
