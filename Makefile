@@ -1,7 +1,7 @@
 # make demo   the whole line on generated scans, ends with a Dice table and a picture
 # make test   installs what development needs and runs every test, the notebooks included, two at a time
 # make readme writes README.md from nbs/index.ipynb
-# make bench  this package and nnU-Net side by side; ONLY=resample,step chooses, DATA=folder says where the scans are
+# make bench  this package and nnU-Net side by side; ONLY=resample,step and CASES choose, DATA=folder says where the scans are
 # make docs   every notebook as a page, in site/index.html
 PYTHON ?= python3
 V := .venv/bin
@@ -19,7 +19,7 @@ readme: .venv/installed-dev
 
 DATA ?= $(firstword $(wildcard data ../shared/data) data)
 bench: .venv/installed-dev
-	$(V)/python benchmarks/bench.py --data '$(DATA)' --only '$(ONLY)'
+	$(V)/python benchmarks/bench.py --data '$(DATA)' --only '$(ONLY)' --cases '$(CASES)'
 	$(V)/nbdev-test nbs/22_speed.ipynb --save
 	$(V)/nbdev-clean
 

@@ -2,6 +2,7 @@
 
 Each work is done in turn by ours.py and by peer.py, in processes of their own, several rounds in one go. What is quoted is
 the ratio of the medians, and the smallest and largest ratio of a round. Results are kept in results.json; a work that is run again replaces its own.
+They are written after each case, so that what was measured is there when the rest is stopped.
 """
 import argparse, datetime, json, os, platform, shutil, statistics, subprocess, sys, threading, time
 from pathlib import Path
@@ -122,7 +123,7 @@ def measured(command):
     return res | (json.loads(lines[-1]) if lines and lines[-1].startswith('{') else dict(seconds=res['wall']))
 
 def run(side, work, case):
-    "One work by one side"
+    "One case of a work by one side"
     python = sys.executable if side == 'ours' else PEER
     if work == 'start': return measured(START[side][case])
     return measured([python, HERE/f'{side}.py', work, case, FOLDER])
@@ -166,13 +167,33 @@ def _difference(work, case):
     a = a.clip(x.min(), x.max()) # nnU-Net cuts values off that the spline has made smaller or larger than any in the image
     return dict(difference=float(np.abs(a - b).max() / x.std()))
 
-def curves(cases):
-    "Dice against minutes of training, each side with its own lengths; what there is so far, each time there is more"
-    got = {side: [] for side in cases}
+def measure(work, cases, rounds, got):
+    "One case after the other; `got` is what there is so far, and comes back with each one more"
+    for c in cases:
+        got = got | {c: compare(work, c, rounds)}
+        yield got
+
+def curves(cases, got):
+    "The same for Dice against minutes of training, for which each side has lengths of its own"
     for side, names in cases.items():
         for name in names:
-            got[side].append(dict(case=name) | run(side, 'learn', name)); print('learn', side, got[side][-1], flush=True)
+            point = dict(case=name) | run(side, 'learn', name); print('learn', side, point, flush=True)
+            others = [r for r in got.get(side, []) if r['case'] != name]
+            got = dict(ours=[], peer=[]) | got | {side: sorted([*others, point], key=lambda r: r['seconds'])}
             yield got
+
+def chosen(work, cases, asked):
+    "The cases of a work that were asked for"
+    if not asked: return cases
+    some = {side: [c for c in names if c in asked] for side, names in cases.items()} if work == 'learn' else [c for c in cases if c in asked]
+    if not any(some.values() if work == 'learn' else some): raise SystemExit(f'bench: {work} has no such case; it has {cases}')
+    return some
+
+def kept(work, old, asked):
+    "Results of the cases that were not asked for: only those of the same day, machine and versions stand beside new ones"
+    if not asked or not old: return {}
+    if old['machine'] != machine(): raise SystemExit(f'bench: the other results of {work} are of another day, machine or version; measure all its cases')
+    return old['cases']
 
 def _last_time(result):
     "How long a work took when it was measured last"
@@ -195,10 +216,12 @@ def install():
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--only', default='', help='names of works, separated by commas')
+    p.add_argument('--cases', default='', help='only these cases, separated by commas; results of the others, if of the same day, stay')
     p.add_argument('--data', type=Path, default=HERE.parent/'data', help='folder with Task04_Hippocampus and Dataset101_OpenKBP')
     a = p.parse_args()
     sys.path.insert(0, str(HERE))
     todo, known = works(), json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    asked = {c for c in a.cases.split(',') if c}
     names = [n for n in a.only.split(',') if n] or list(todo)
     if wrong := [n for n in names if n not in todo]: raise SystemExit(f'bench: there is no work {wrong[0]!r}; there are {", ".join(todo)}')
     FOLDER.mkdir(exist_ok=True); install()
@@ -208,7 +231,8 @@ def main():
         try:
             for need in needs: need(a.data)
         except FileNotFoundError as e: print(f'bench: {name} is left out: {e}'); continue
-        for got in curves(cases) if name == 'learn' else [{c: compare(name, c, rounds) for c in cases}]:
+        some, others = chosen(name, cases, asked), kept(name, known.get(name), asked)
+        for got in curves(some, others) if name == 'learn' else measure(name, some, rounds, others):
             known[name] = dict(title=title, goal=goal, machine=machine(), cases=got)
             write(RESULTS, known)
     print(f'results: {RESULTS}')

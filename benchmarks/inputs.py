@@ -17,7 +17,7 @@ TIMES = {'quarter_of_a_minute': .25, 'half_a_minute': .5, 'one_minute': 1, 'two_
 ADAM, SGD = 'nnUNetTrainerVanillaAdam1en3', 'nnUNetTrainer'
 PEER_TIMES = { # trainer, learning rate at first, minutes
     'adam_1_minute': (ADAM, 1e-3, 1), 'adam_2_minutes': (ADAM, 1e-3, 2), 'adam_5_minutes': (ADAM, 1e-3, 5), 'adam_10_minutes': (ADAM, 1e-3, 10), 'adam_20_minutes': (ADAM, 1e-3, 20),
-    'sgd_10_minutes': (SGD, 1e-2, 10)}
+    'adam_3e-3_10_minutes': (ADAM, 3e-3, 10), 'sgd_10_minutes': (SGD, 1e-2, 10)}
 
 def seconds_of(f):
     "How long a call takes, and what it returns"
