@@ -62,6 +62,18 @@ def test_flat_patches_are_bent_in_their_plane_only():
     _, y2 = spatial(x, y, d)
     assert d.angle.shape == (1, 1) and y2[:, 3].any() and not y2[:, [0, 1, 2, 4, 5, 6, 7]].any()
 
+@pytest.mark.parametrize('patch', [(16, 20, 18), (24, 30), (5, 40, 36)])
+@pytest.mark.parametrize('piece', [200, 2**17])
+def test_each_sample_of_a_batch_moves_as_it_would_alone(patch, piece, monkeypatch):
+    monkeypatch.setattr('autounet_nb.augment.PIECE', piece) # a few slices at a time, or all of them
+    x, y = torch.randn(4, 2, *patch), torch.randint(0, 3, (4, *patch))
+    d = draw(replace(augment_3d, p_rotation=1, p_scaling=1, p_elastic=1), x.shape, torch.Generator().manual_seed(0))
+    for v, still in zip(d, nothing(x.shape)): v[[0, 2]] = still[[0, 2]]
+    x2, y2 = spatial(x, y, d)
+    for i in range(4):
+        x1, y1 = spatial(x[i:i + 1], y[i:i + 1], Drawn(*(v[i:i + 1] for v in d)))
+        assert torch.allclose(x2[i], x1[0], atol=1e-5) and torch.equal(y2[i], y1[0]) and torch.equal(x2[i], x[i]) == (i in (0, 2))
+
 def test_gamma_keeps_mean_sd_and_order():
     x = torch.rand(2, 1, 12, 12, 12) * 5 - 1
     out = gamma(x, nothing(x.shape)._replace(gamma=torch.full((2, 1), 1.4)))
