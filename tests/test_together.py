@@ -1,7 +1,7 @@
-"Several processes that share a training: the curve of one, whatever the loss; how they end; loaders that die."
+"Several processes that share a training: the curve of one, whatever the loss; how they end; loaders that die; how batches are laid out."
 import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, psutil, pytest
+import numpy as np, psutil, pytest, torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
@@ -53,6 +53,16 @@ def same(a, b):
     np.testing.assert_allclose(a[0][:, 1:4], b[0][:, 1:4], atol=2e-3)
     np.testing.assert_allclose(a[0][:, 4], b[0][:, 4], atol=5e-3)
     for k in a[1]: np.testing.assert_allclose(a[1][k], b[1][k], atol=2e-2)
+
+class Layouts(Callback):
+    "Notes the channels of the batches that the network gets, and whether those of a voxel lie side by side"
+    order = 99
+    seen = set()
+    def before_batch(self): self.seen.add((self.x.shape[1], self.x.is_contiguous(memory_format=torch.channels_last_3d), self.x.is_contiguous()))
+
+def test_batches_are_laid_out_when_all_their_channels_are_there(work):
+    anew(work, '3d_cascade', cbs=[Layouts()], steps=2)
+    assert Layouts.seen == {(3, True, False)} # image, and two classes of the first stage
 
 @pytest.mark.parametrize('model, dice', [('2d', 'batch'), ('3d', 'sample'), ('3d_cascade', 'batch')])
 def test_two_processes_give_the_curve_of_one(work, model, dice):
