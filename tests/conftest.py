@@ -1,8 +1,10 @@
 "What several tests need: a small trained work folder, the command line as a process, and the real data where it is."
-import locale, os, subprocess, sys
+import locale, os, signal, subprocess, sys
 from pathlib import Path
 import pytest
 from autounet_nb.phantom import make_phantoms
+
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs are deaf to Ctrl-C, and so would be the processes that tests stop by it
 
 def pytest_collection_modifyitems(items):
     "Where tests run side by side, those of a file stay together, because they share what was made for the first; notebooks share nothing"
