@@ -361,8 +361,8 @@ def _tidy(
 ):
     "Remove what processes of this machine that died have left half written in a folder"
     for f in os.listdir(folder):
-        _, pid, machine, *_ = f.split('.', 3) + ['']*3
-        if f.startswith('.') and machine == _HERE and pid.isdigit() and not psutil.pid_exists(int(pid)): (folder/f).unlink(missing_ok=True)
+        writer = re.match(rf'\.(\d+)\.{_HERE}\.', f)
+        if writer and not psutil.pid_exists(int(writer[1])): (folder/f).unlink(missing_ok=True)
 
 @contextmanager
 def atomic(

@@ -139,7 +139,7 @@ def _linear(x, i, at):
         if axis == len(plane): return _pick(values, number)
         step = min(1, plane[axis] - 1) * math.prod(plane[axis + 1:])
         return mixed(values, axis + 1).lerp_(mixed(values[step:], axis + 1), weight[axis])
-    return mixed(x.float().flatten(), 0).to(x.dtype)
+    return mixed(x.flatten(), 0)
 
 def _nearest(y, i, at):
     "Values of samples `i` of (b, c, *plane) at the voxels nearest to the places: integers stay integers"
@@ -174,7 +174,7 @@ def spatial(
     with torch.autocast('cpu', enabled=False), torch.autocast(x.device.type, enabled=False): # half precision would move voxels
         at = _places(Drawn(*(v[moved] for v in drawn)), [n for i, n in enumerate(patch) if i != axis], x.device)
     def seen(read, t): return _volume(_moved(read, _slices(t, axis), moved.to(x.device), at), axis, t.shape[1])
-    return seen(_linear, x), seen(_nearest, y[:, None])[:, 0]
+    return seen(_linear, x.float()).to(x.dtype), seen(_nearest, y[:, None])[:, 0]
 
 # %% ../nbs/09_augment.ipynb #fe7a128c
 def gamma(

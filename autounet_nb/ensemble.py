@@ -16,6 +16,7 @@ from .plan import *
 from .disturb import *
 from .patches import *
 from .train import *
+from .unet import *
 from .windows import *
 from .restore import *
 
@@ -111,7 +112,7 @@ def _networks(work, plan, name, folds, device):
         if net.reading and net.reading != json.loads(json.dumps(plan.reading)): raise DataError(f'{work}: model {name}, fold {k} was trained with another normalisation or other classes than plan.json says now; train it again, or bring back the plan')
         wanted = channels + (len(plan.label_values) - 1) * (name == '3d_cascade')
         if c.name != name or c.in_channels != wanted: raise DataError(f'{work}: model {name}, fold {k} is a {c.name} network for {c.in_channels} channels, the plan makes {wanted}; train it again, or bring back the plan')
-        net.to(memory_format=torch.channels_last_3d if c.dim == 3 else torch.channels_last)
+        net.to(memory_format=channels_last(c.dim))
     return res
 
 def load_ensemble(

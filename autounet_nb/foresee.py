@@ -21,15 +21,14 @@ from .augment import *
 # %% ../nbs/12b_foresee.ipynb #61999209
 def _steps(config, device):
     "Endless training steps on random patches; yields after each"
-    net = build_unet(config).to(device)
-    layout = torch.channels_last_3d if config.dim == 3 else torch.channels_last
-    net, loss = net.to(memory_format=layout), DiceCELoss(config.dice)
+    layout = channels_last(config.dim)
+    net, loss = build_unet(config).to(device, memory_format=layout), DiceCELoss(config.dice)
     opt = Adam(list(net.parameters()), lr=1e-4, decouple_wd=True)
     scaler = torch.amp.GradScaler(enabled=device.type == 'cuda')
     x, y = torch.randn(config.batch, config.in_channels, *config.patch), torch.randint(config.classes, (config.batch, *config.patch))
     for i in iter(int, 1):
-        a, b = augment(x.to(device).contiguous(memory_format=layout), y.to(device), step_generator(0, i))
-        with mixed_precision(device): logits = net(a)
+        a, b = augment(x.to(device), y.to(device), step_generator(0, i))
+        with mixed_precision(device): logits = net(a.contiguous(memory_format=layout))
         cost = loss(logits, b)
         scaler.scale(cost).backward()
         opt.step(); opt.zero_grad()

@@ -104,12 +104,10 @@ class Checkpoint(Callback):
         return True
 
 # %% ../nbs/11_train.ipynb #867ff097
-def _layout(config): return torch.channels_last_3d if config.dim == 3 else torch.channels_last
-
 class ChannelsLast(Callback):
     "Lays out batches with the channels of a voxel side by side, once they are made"
     order = 68 # after augmentation and the first stage of a cascade
-    def before_batch(self): self.learn.xb = tuple(x.contiguous(memory_format=_layout(self.dls.train.dataset.config)) for x in self.xb)
+    def before_batch(self): self.learn.xb = tuple(x.contiguous(memory_format=channels_last(x.ndim - 2)) for x in self.xb)
 
 class ShortNumbers(Callback):
     "Has the network compute in short numbers on a processor that is faster with them; the loss gets long ones"
@@ -142,7 +140,7 @@ def get_learner(
     if folder: own.append(Checkpoint(folder, recipe))
     own += {'cuda': [MixedPrecision()], 'cpu': [ShortNumbers()]}.get(dls.device.type, [])
     wd = 1e-2 if isinstance(schedule, Budget) else 0.
-    learn = Learner(dls, net.to(dls.device, memory_format=_layout(config)), loss_func=loss or DiceCELoss(config.dice), opt_func=partial(Adam, decouple_wd=True), lr=3e-4, wd=wd,
+    learn = Learner(dls, net.to(dls.device, memory_format=channels_last(config.dim)), loss_func=loss or DiceCELoss(config.dice), opt_func=partial(Adam, decouple_wd=True), lr=3e-4, wd=wd,
                     metrics=[ForegroundDice()], cbs=[*own, *cbs])
     learn.schedule, learn.stop = schedule, False
     return learn

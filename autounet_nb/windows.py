@@ -61,7 +61,7 @@ def _window(spots, shape, size):
 def _softmax(net, x, slice_axis):
     "Probabilities (b,k,z,y,x) for a batch of windows (b,c,z,y,x)"
     if slice_axis is not None: x = x.squeeze(2 + slice_axis)
-    x = x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
+    x = x.contiguous(memory_format=channels_last(x.ndim - 2))
     with mixed_precision(x.device): logits = net(x)
     p = logits.float().softmax(1)
     return p if slice_axis is None else p.unsqueeze(2 + slice_axis)

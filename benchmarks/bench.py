@@ -25,7 +25,7 @@ def works():
         predict=('prediction with mirroring, file to file', '≥ 2.5×', ['hippocampus'], 3, [datasets, prepared, networks]),
         large=('CT of 600×512×512, 20 classes, file to file', '≤ 5 GB', ['large'], 1, [large_scan]),
         start=('import, and the help of the command line', '≤ 0.5 s', ['import', 'help'], 5, []),
-        learn=('held-out Dice after minutes of training', '0.85 in ≤ 4 minutes, ≥ 5×', dict(ours=list(TIMES), peer=list(PEER_TIMES)), 1, [datasets, prepared]),
+        learn=('held-out Dice after minutes of training', '0.85 in ≤ 4 minutes, ≥ 5×', [*TIMES, *PEER_TIMES], 1, [datasets, prepared]),
         growth=('time against cases and voxels', 'linear', ['prepare_cases', 'prepare_voxels', 'train_steps', 'predict_cases', 'predict_voxels'], 1, []))
 
 # inputs
@@ -175,19 +175,19 @@ def measure(work, cases, rounds, got):
 
 def curves(cases, got):
     "The same for Dice against minutes of training, for which each side has lengths of its own"
-    for side, names in cases.items():
-        for name in names:
-            point = dict(case=name) | run(side, 'learn', name); print('learn', side, point, flush=True)
-            others = [r for r in got.get(side, []) if r['case'] != name]
-            got = dict(ours=[], peer=[]) | got | {side: sorted([*others, point], key=lambda r: r['seconds'])}
-            yield got
+    from inputs import TIMES
+    got = dict(ours=[], peer=[]) | got
+    for name in cases:
+        side = 'ours' if name in TIMES else 'peer'
+        point = dict(case=name) | run(side, 'learn', name); print('learn', side, point, flush=True)
+        got = got | {side: sorted([r for r in got[side] if r['case'] != name] + [point], key=lambda r: r['seconds'])}
+        yield got
 
 def chosen(work, cases, asked):
     "The cases of a work that were asked for"
     if not asked: return cases
-    some = {side: [c for c in names if c in asked] for side, names in cases.items()} if work == 'learn' else [c for c in cases if c in asked]
-    if not any(some.values() if work == 'learn' else some): raise SystemExit(f'bench: {work} has no such case; it has {cases}')
-    return some
+    if some := [c for c in cases if c in asked]: return some
+    raise SystemExit(f'bench: {work} has no such case; it has {", ".join(cases)}')
 
 def kept(work, old, asked):
     "Results of the cases that were not asked for: only those of the same day, machine and versions stand beside new ones"
