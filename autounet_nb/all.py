@@ -1,4 +1,5 @@
 "Everything public, for notebooks: `from autounet_nb.all import *`"
+from .threads import *
 from .data import *
 from .phantom import *
 from .check import *
@@ -23,6 +24,7 @@ from .disturb import *
 from .patches import *
 from .schedule import *
 from .splits import *
+from .load import *
 from .train import *
 from .windows import *
 from .restore import *
@@ -31,10 +33,12 @@ from .predict import *
 from .foresee import *
 from .metrics import *
 from .evaluate import *
+from .whole_scans import *
 from .crossval import *
 from .cascade import *
 from .choose import *
 from .board import *
 from .cluster import *
+from .budget import *
 from .report import *
 from .run import *

@@ -109,6 +109,6 @@ def board(
     work = Path(work)
     asked = _read(work/'run.json')
     if not asked: raise DataError(f'{work}: there is no run.json, so nothing was asked for here yet; begin with `autounet run`.')
-    try: jobs = trainings(asked['models'], asked['folds'], asked['n'])
-    except (KeyError, TypeError): raise DataError(f'{work/"run.json"}: does not say which models and folds were asked for; run `autounet run` again.') from None
+    try: jobs = [(m, int(k)) for m, k in asked.get('jobs') or trainings(asked['models'], asked['folds'], asked['n'])]
+    except (KeyError, TypeError, ValueError): raise DataError(f'{work/"run.json"}: does not say which models and folds were asked for; run `autounet run` again.') from None
     return Board(tuple(training_state(work, m, k) for m, k in jobs))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.imports import ipython_shell
 from joblib import Parallel, delayed
+from .threads import *
 from .arrays import *
 
 # %% ../nbs/00_cases.ipynb #541eeb86
@@ -189,7 +190,7 @@ def progress(
 def _end_with(parent):
     "Let this process end soon after the one that started it"
     name = f'ends with {parent}'
-    if os.getppid() != parent or name in [t.name for t in threading.enumerate()]: return
+    if name in [t.name for t in threading.enumerate()]: return
     def watch():
         while os.getppid() == parent: time.sleep(1)
         os._exit(1)
@@ -200,8 +201,10 @@ def _attempt(f, item):
     try: return f(item)
     except Exception as e: return e
 
-def _try(f, i, item, parent):
-    _end_with(parent)
+def _try(f, i, item, parent, threads):
+    if os.getppid() == parent:
+        _end_with(parent)
+        use_cores(threads)
     return i, _attempt(f, item)
 
 def _called(item):
@@ -211,16 +214,16 @@ def _called(item):
 
 def _alone(f, item):
     "The result of `f` in a process that does nothing else, or an exception"
-    try: return Parallel(n_jobs=2)([delayed(_try)(f, 0, item, os.getpid())])[0][1] # 1 would be this process
+    try: return Parallel(n_jobs=2)([delayed(_try)(f, 0, item, os.getpid(), 1)])[0][1] # 1 would be this process
     except BrokenProcessPool as e:
         how = re.search(r'\{(.*)\}', str(e))
         return DataError(f'case {_called(item)}: its process was killed{f" ({how[1]})" if how else ""}, most likely because the memory ran out; free some, or leave the case out')
 
 def _each(f, items, workers):
     "(item, result) as they finish; an item that kills its process is found out"
-    left, given = dict(enumerate(items)), []
+    left, given, threads = dict(enumerate(items)), [], max(1, cores() // (workers or cores()))
     def calls():
-        for i, o in list(left.items()): given.append(i); yield delayed(_try)(f, i, o, os.getpid())
+        for i, o in list(left.items()): given.append(i); yield delayed(_try)(f, i, o, os.getpid(), threads)
     while left:
         try:
             for i, r in Parallel(n_jobs=workers or -1, return_as='generator_unordered')(calls()): yield left.pop(i), r

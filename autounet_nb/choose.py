@@ -36,19 +36,24 @@ def _segment(task, work, plan, models, largest):
     slabs = softmax_slabs([fold_folder(work, m, fold)/'validation'/'softmax'/f'{id}.b2nd' for m in models])
     write_like(native_labels(slabs, case.meta, case.geometry.shape, plan, largest), case.geometry, path)
 
+def _judged_by_all(work, models, folds):
+    "fold → ids of the validation cases that all of these models were judged by"
+    each = lambda k: [judged_cases(work, m, k) for m in models]
+    return {k: sorted(set.intersection(*map(set, each(k)))) for k in folds}
+
 def _segment_all(work, plan, models, folds, out, largest=True, workers=None):
-    "Masks of all held-out cases of these folds; returns id → file"
+    "Masks of all judged cases of these folds; returns id → file"
     suffix = next(split_name(f)[1] for f in (fold_folder(work, models[0], folds[0])/'validation'/'masks').iterdir())
-    tasks = [(id, k, Path(out)/f'{id}{suffix}') for k in folds for id in held_out(work, k)]
+    tasks = [(id, k, Path(out)/f'{id}{suffix}') for k, ids in _judged_by_all(work, models, folds).items() for id in ids]
     done = pmap(partial(_segment, work=work, plan=plan, models=models, largest=largest), tasks, 1 if len(tasks) <= FEW else workers, desc=f'averaging {"+".join(models)}')
     failed = [str(e) if isinstance(e, DataError) else f'case {t[0]}: {type(e).__name__}: {e}' for t, e in done if isinstance(e, Exception)]
     if failed: raise DataError('; '.join(failed))
     return {id: path for id, _, path in tasks}
 
-def _score_single(work, model, folds):
+def _score_single(work, model, folds, ids):
     "Scores of one model, from its folds"
     found = [read_json(fold_folder(work, model, k)/'validation'/'scores.json') for k in folds]
-    return Scores.from_json(dict(cases=[c for d in found for c in d['cases']], warnings=[w for d in found for w in d.get('warnings', ())]))
+    return Scores.from_json(dict(cases=[c for d in found for c in d['cases'] if ids is None or c['id'] in ids], warnings=[w for d in found for w in d.get('warnings', ())]))
 
 def score_models(
     work, # work folder
@@ -56,9 +61,10 @@ def score_models(
     models, # one name or two
     folds, # numbers of the folds to score
     workers=None, # processes
+    ids=None, # of the cases that count for a single model; None: all that it was judged by
 ) -> Scores:
     "Out-of-fold scores of a model, or of the mean of two"
-    if len(models) == 1: return _score_single(work, models[0], folds)
+    if len(models) == 1: return _score_single(work, models[0], folds, ids)
     out, plan = Path(work)/'cross_validation'/'+'.join(models), Plan.load(Path(work)/'plan.json')
     key = [[read_json(fold_folder(work, m, k)/'validation'/'key.json') for k in folds] for m in models]
     if not (out/'scores.json').exists() or read_json(out/'scores.json').get('key') != key:
@@ -139,7 +145,9 @@ def choose(
     tried = candidates(judged)
     folds = sorted(set.intersection(*(set(judged[n]) for t in tried for n in t)))
     if not folds: raise DataError(f'{work}: the models have no fold in common, so they cannot be compared: train all on the same folds.')
-    scores = {t: score_models(work, dataset, t, folds, workers) for t in tried}
+    ids = [i for ids in _judged_by_all(work, judged, folds).values() for i in ids]
+    if not ids: raise DataError(f'{work}: the models have no validation case in common, so they cannot be compared: call `autounet run` again with more minutes.')
+    scores = {t: score_models(work, dataset, t, folds, workers, ids) for t in tried}
     best = sorted(tried, key=lambda t: (-(scores[t].mean or 0), len(t)))
     table = [dict(models=list(t), dice=scores[t].mean, classes=scores[t].classes) for t in best]
     res = Choice(list(best[0]), folds, table, component_effect(work, dataset, best[0], folds, scores[best[0]], workers))

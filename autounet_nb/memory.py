@@ -8,8 +8,9 @@ __all__ = ['LIBRARIES', 'CLASS_TENSORS', 'WORKING', 'PROCESS', 'FORWARD_VOXELS',
            'held_slices', 'predict_memory', 'disk_space', 'largest_case', 'prepare_needs']
 
 # %% ../nbs/02c_memory.ipynb #d92648c3
-import math, os
+import math
 import psutil
+from .threads import *
 from .data import *
 from .fingerprint import *
 from .rules import *
@@ -87,7 +88,7 @@ def fit_workers(
 ) -> int: # at least 1
     "How many processes fit into memory, keeping a tenth free"
     available = available_memory() if available is None else available
-    return max(1, min(wanted or os.cpu_count(), int(.9 * available // need)))
+    return max(1, min(wanted or cores(), int(.9 * available // need)))
 
 # %% ../nbs/02c_memory.ipynb #7eb5e24b
 FORWARD_VOXELS = 2**18 # that a network sees at once in a prediction on the CPU

@@ -8,7 +8,7 @@ __all__ = ['native_labels', 'predict_case', 'predict', 'segment', 'gaussian_wind
 
 # %% ../nbs/12_predict.ipynb #c93af216
 from pathlib import Path
-import os
+import os, sys
 import numpy as np
 from .data import *
 from .arrays import _check_mask, _writable
@@ -129,6 +129,7 @@ def predict(
     if suffix and suffix not in _writable: raise DataError(f'{suffix!r} is no format for masks; choose one of {", ".join(_writable)}')
     device = find_device(device)
     ensemble = load_ensemble(work, model, folds, device)
+    for said in too_short(work, ensemble.names): print(f'Warning: {said}', file=sys.stderr)
     known = isinstance(scans, Dataset) or (isinstance(scans, (list, tuple)) and all(isinstance(s, Case) for s in scans))
     todo, failed = _targets(list(scans) if known else find_scans(scans, len(ensemble.plan.modalities)), out, suffix), []
     for case, path in progress(todo, desc='predicting'):

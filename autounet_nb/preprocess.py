@@ -7,12 +7,13 @@ __all__ = ['POINTS', 'normalize', 'preprocess_case', 'write_array', 'new_array',
            'preprocess']
 
 # %% ../nbs/06_preprocess.ipynb #36f8066f
-import math, os
+import math, os, time
 from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 import blosc2, numpy as np
+from .threads import *
 from .data import *
 from .fingerprint import *
 from .memory import *
@@ -248,7 +249,7 @@ def _fitting(work, spacing, workers):
     "Processes that fit into memory, as far as the fingerprint in the work folder tells"
     path = Path(work)/'fingerprint.json'
     if workers == 1 or hasattr(workers, 'submit') or not path.exists(): return workers # a cluster knows its own memory
-    needs, wanted = prepare_needs(Fingerprint.load(path), spacing, workers), workers or os.cpu_count()
+    needs, wanted = prepare_needs(Fingerprint.load(path), spacing, workers), workers or cores()
     if needs['workers'] < wanted: print(f'Preprocessing with {needs["workers"]} of {wanted} processes: each needs up to {bytes_text(needs["memory"])}, and {bytes_text(available_memory())} of memory are free.')
     return needs['workers']
 
@@ -258,12 +259,15 @@ def preprocess(
     work, # work folder; files go to WORK/prep/STAGE
     stage='full', # 'full' or 'lowres'
     workers=None, # processes, at most as many as fit into memory; None: one per CPU; or a Dask `Client`
+    enough=None, # function of the share that is done and the `time.monotonic` when it began, which may raise DataError
 ) -> list: # of `Prepared`, in the order of the dataset
     "Preprocess all cases that aren't finished yet; DataError names those that fail when the others are done"
     folder, (spacing, axis) = Path(work)/'prep'/stage, _stage(plan, stage)
     todo = [c for c in dataset if not _finished(folder, c.id, _key(c, plan, spacing, axis))]
     run = partial(_prepare, plan=plan, folder=folder, spacing=spacing, slice_axis=axis)
-    done = pmap(run, todo, _fitting(work, spacing, workers) if todo else 1, desc='preprocess')
-    failed = {c.id: e if isinstance(e, DataError) else f'case {c.id}: {type(e).__name__}: {e}' for c, e in done if isinstance(e, Exception)}
+    began, failed = time.monotonic(), {}
+    for n, (c, e) in enumerate(pmap(run, todo, _fitting(work, spacing, workers) if todo else 1, desc='preprocess'), 1):
+        if isinstance(e, Exception): failed[c.id] = e if isinstance(e, DataError) else f'case {c.id}: {type(e).__name__}: {e}'
+        if enough: enough(n / len(todo), began)
     if failed: raise DataError(f'{len(failed)} of {len(dataset)} cases could not be preprocessed, the others are done:\n' + '\n'.join(str(failed[k]) for k in sorted(failed)))
     return [Prepared(folder, c.id) for c in dataset]

@@ -7,9 +7,10 @@ __all__ = ['SLAB_VOXELS', 'restore', 'restore_probabilities', 'keep_largest']
 
 # %% ../nbs/11c_restore.ipynb #f3ea7ae0
 from concurrent.futures import ThreadPoolExecutor
-import gzip, math, os
+import gzip, math
 import cc3d, numpy as np
 from threadpoolctl import threadpool_limits
+from .threads import *
 from .data import *
 from .resample import *
 
@@ -82,8 +83,8 @@ def restore(
     full_shape, # voxels of the scan, (z,y,x)
 ):
     "Index of the most probable class on the scan's own grid; memory does not grow with the number of classes"
-    out, cores = None, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with ThreadPoolExecutor(cores) as pool:
+    out = None
+    with ThreadPoolExecutor(cores()) as pool:
         for p, az, rows in _parts(probs, meta):
             if out is None: out = np.zeros(full_shape, np.uint8 if len(p) <= 256 else np.uint16)
             inside, ops = out[tuple(slice(*b) for b in meta['box'])], [az, *_in_plane(p, meta)]

@@ -24,6 +24,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import to_float
 from fastai.learner import Learner
 from fastai.optimizer import Adam
+from .threads import *
 from .data import *
 from .together import *
 from .plan import *
@@ -34,6 +35,7 @@ from .augment import *
 from .disturb import *
 from .patches import *
 from .schedule import *
+from .load import *
 from .splits import *
 
 # %% ../nbs/11_train.ipynb #0d227a78
@@ -138,6 +140,7 @@ def get_learner(
     if augment: own.append(Augment(config.dim, seed=seed, per_pass=dls.train.dataset.per_pass if short else None))
     if config.name == '3d_cascade': own.append(FirstStage(config.classes, config.spacing, seed))
     if folder: own.append(Checkpoint(folder, recipe))
+    if dls.device.type == 'cpu' and place()[1] == 1 and getattr(schedule, 'minutes', None): own.append(FollowLoad())
     own += {'cuda': [MixedPrecision()], 'cpu': [ShortNumbers()]}.get(dls.device.type, [])
     wd = 1e-2 if isinstance(schedule, Budget) else 0.
     learn = Learner(dls, net.to(dls.device, memory_format=channels_last(config.dim)), loss_func=loss or DiceCELoss(config.dice), opt_func=partial(Adam, decouple_wd=True), lr=3e-4, wd=wd,
@@ -170,6 +173,7 @@ def fit_learner(
 ):
     "Train until the schedule ends, going on from the checkpoint if there is one"
     if hasattr(learn, 'checkpoint'): learn.checkpoint.resume()
+    if isinstance(learn.schedule, Budget): learn.schedule.begin(learn.journal.seconds)
     epochs = learn.schedule.epochs if isinstance(learn.schedule, Budget) else learn.schedule.max_epochs
     try:
         if learn.stop or learn.schedule.used(): return learn # killed between its last checkpoint and its end
@@ -177,7 +181,9 @@ def fit_learner(
     except RuntimeError as e:
         if 'DataLoader worker' in str(e) and (cases := _loading(learn.dls, e)): raise DataError(f'case {" or ".join(cases)}: the process that loaded patches of it was killed, most likely because the memory ran out; free some and call it again') from None
         raise
-    finally: learn.journal.rest()
+    finally:
+        learn.journal.rest()
+        if hasattr(learn, 'follow_load'): learn.follow_load.stop()
     return learn
 
 # %% ../nbs/11_train.ipynb #3808e84f
@@ -196,6 +202,7 @@ def find_device(
     name=None, # 'cpu', 'cuda', 'cuda:1' …; None: CUDA if there is one
 ) -> str:
     "Where to compute; DataError for a device that this machine doesn't have"
+    use_cores()
     if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
     try: torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError): raise DataError(f'This machine, or its PyTorch, has no device {str(name)!r}: leave it out, or say cpu.') from None
@@ -237,7 +244,7 @@ def _finish(folder, learn, config, recipe, finished):
     save_tensors(folder/'weights.safetensors', bare(learn.model).state_dict())
     c = ModelConfig.__dataclass_fields__
     write_json(folder/'model.json', dict(config={k: getattr(config, k) for k in c}, recipe=recipe, finished=finished, mirrored=hasattr(learn, 'augment') and learn.augment.mirrors,
-        steps=learn.journal.step, seconds=round(learn.journal.seconds, 1), memory=_peak(learn.dls.device), last=(learn.journal.history or [None])[-1], torch=torch.__version__))
+        steps=learn.journal.step, seconds=round(learn.journal.seconds, 1), minutes=getattr(learn.schedule, 'minutes', None), memory=_peak(learn.dls.device), last=(learn.journal.history or [None])[-1], torch=torch.__version__))
     if finished: _tidy(folder, recipe)
 
 def _tidy(folder, recipe):
@@ -254,14 +261,22 @@ def finished_training(folder):
 
 def _differing(old, new):
     "The parts of a recipe that changed, in words"
-    name = dict(config='the plan', split='the split', data='the data', reading='normalisation or classes', own='network or loss')
+    name = dict(config='the plan', split='the split', data='the data', reading='normalisation or classes', own='network or loss', clock='the kind of budget')
     return ' and '.join(name.get(k, f'{k} ({old.get(k)} to {v})') for k, v in new.items() if old.get(k) != v)
+
+def _go_on(learn, folder, before):
+    "Another cycle on the clock, from the weights of a finished training, which `before` describes"
+    bare(learn.model).load_state_dict(load_tensors(folder/'weights.safetensors')[0])
+    j = learn.journal
+    j.history, j.step, j.seconds = read_history(folder), before['steps'], before['seconds']
+    learn.schedule.go_on(j.seconds, len(j.history))
 
 def train_fold(
     work, # work folder with plan.json and the preprocessed cases
     model, # name of a model in the plan
     fold, # number of the fold, from 0
-    minutes=None, # budget on the clock
+    minutes=None, # budget on the clock, in all: a finished training with fewer goes on
+    more=False, # the minutes come on top of those that it was trained for already
     steps=None, # budget in steps; the paper's schedule if neither is given
     seed=0,
     device=None, # where to train; CUDA if there is one
@@ -279,20 +294,22 @@ def train_fold(
     if minutes is not None and device == 'cpu': config = small_steps(config, max(processes, place()[1]))
     split = check_fold(work_splits(work, _case_ids(work, config), seed=seed), fold)
     train, valid = (prepared_cases(work, config, split[k]) for k in ('train', 'valid'))
-    recipe = json.loads(json.dumps(dict(config=config.__dict__, split=split, data=data_key(train + valid), reading=plan.reading, minutes=minutes, steps=steps, seed=seed,
+    recipe = json.loads(json.dumps(dict(config=config.__dict__, split=split, data=data_key(train + valid), reading=plan.reading, clock=minutes is not None, steps=steps, seed=seed,
                                         own=[str(o) for o in (net, loss) if o is not None])))
     before = finished_training(folder)
-    if before and before.get('recipe') == recipe:
+    same = before and before.get('recipe') == recipe
+    if same and not more and (before.get('minutes') or 0) >= (minutes or 0):
         _tidy(folder, recipe) # it may have been killed before it could do that
         return folder
     if processes > 1:
         several(partial(train_fold, **asked), processes, device.partition(':')[0])
         return folder
-    if before: print(f'Training {model}, fold {fold} again: what changed is {_differing(before.get("recipe") or {}, recipe)}. The finished one stays until this is done.')
-    schedule = Budget(steps=steps, minutes=minutes) if steps is not None or minutes is not None else PaperSchedule()
-    if workers is None: workers = min(8, os.cpu_count()) if device != 'cpu' else 0
+    if before and not same: print(f'Training {model}, fold {fold} again: what changed is {_differing(before.get("recipe") or {}, recipe)}. The finished one stays until this is done.')
+    schedule = Budget(steps=steps, minutes=minutes, more=more) if steps is not None or minutes is not None else PaperSchedule()
+    if workers is None: workers = min(8, cores()) if device != 'cpu' else 0
     dls = patch_dls(train, valid, config, seed=seed * 1000 + fold, workers=workers, device=device)
     learn = get_learner(dls, config, net, loss, schedule, folder, cbs=cbs, seed=seed * 1000 + fold, recipe=recipe)
+    if same: _go_on(learn, folder, before)
     if dls.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(dls.device)
     try: fit_learner(learn)
     except KeyboardInterrupt:

@@ -173,8 +173,13 @@ def half_precision(
     "The short numbers with which a device computes convolutions faster; None if there are none"
     kind = torch.device(device).type
     if kind == 'cuda': return torch.float16
-    able = torch.cpu.get_capabilities() if kind == 'cpu' and hasattr(torch.cpu, 'get_capabilities') else {} # older ones don't tell
-    return torch.bfloat16 if able.get('avx512_bf16') or able.get('amx_bf16') else None
+    return torch.bfloat16 if kind == 'cpu' and _has_bfloat16() else None
+
+def _has_bfloat16():
+    "Whether this processor has instructions for bfloat16, and PyTorch and oneDNN may use them"
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {} # older ones don't tell
+    if not (able.get('avx512_bf16') or able.get('amx_bf16')): return False
+    return torch.backends.cpu.get_cpu_capability().startswith('AVX512') and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def mixed_precision(
     device, # where a network computes
