@@ -137,7 +137,7 @@ def race(
     return racing + ranking
 
 # %% ../nbs/14ea_budget.ipynb #a7c77fdd
-WORTH = 2000 # steps that a training should have before a further one begins; measured
+WORTH = 2000 # steps that a training should have before a further one begins [ours]
 
 def _seconds_each(model, racers):
     "Seconds of a training that is worth its time; of one that was not measured, those of the slowest that was"

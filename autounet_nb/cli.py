@@ -48,7 +48,7 @@ def _data_options(p):
 def _budget_options(p):
     "How long to train"
     g = p.add_mutually_exclusive_group()
-    g.add_argument('--minutes', type=_above_zero(float), metavar='M', help='train for M minutes in all, shared out among the trainings of this command')
+    g.add_argument('--minutes', type=_above_zero(float), metavar='M', help='spend M minutes in all, over all calls; run begins with a race of the networks on one split')
     g.add_argument('--steps', type=_above_zero(int), metavar='N', help='train each network for N steps; without --minutes or --steps it is trained as in the paper, which takes days')
     p.add_argument('--seed', type=_seed, default=0, metavar='S', help='same seed, same result (default 0)')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: cuda if there is one)')
@@ -159,7 +159,7 @@ _WORKERS = lambda p: p.add_argument('--workers', type=_above_zero(int), metavar=
 _DEVICE = lambda p: p.add_argument('--device', metavar='D', help='cpu or cuda (default: cuda if there is one)')
 
 def _run_options(p):
-    p.add_argument('--models', type=_names, metavar='NAMES', help='which models, e.g. 2d,3d (default: all that are planned)')
+    p.add_argument('--models', type=_names, metavar='NAMES', help='which models, e.g. 2d,3d (default: all that are planned); with --minutes, those that may take part')
     p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds of the cross-validation, e.g. 0 or 0,1,2 (default: all)')
     p.add_argument('--patients', metavar='P', help='keep the cases of a patient together: a pattern of the case names such as {patient}_{visit}, or a CSV file with the columns case and patient')
     p.add_argument('--splits', metavar='FILE', help='folds of your own: a JSON file with a list of {"train": [...], "valid": [...]}, such as splits_final.json of nnU-Net')

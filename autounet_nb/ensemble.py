@@ -90,7 +90,7 @@ def members(
     return names
 
 # %% ../nbs/11d_ensemble.ipynb #8279e501
-FEW_STEPS, USABLE = 150, 1000 # steps of a training on the clock below which it has hardly learnt, and with which it has; measured
+FEW_STEPS, USABLE = 150, 1000 # steps of a training on the clock below which it has hardly learnt, and with which it has [ours]
 NOTHING = .1 # mean Dice below which a network is of no use
 
 def too_short(

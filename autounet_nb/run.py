@@ -150,9 +150,9 @@ class Shares:
 
 # %% ../nbs/14g_run.ipynb #4121648d
 def _train_watched(work, dataset, model, fold, **kw):
-    "Train a fold; now and then a whole validation scan is segmented"
+    "Train a fold; where the clock counts, a whole validation scan is segmented now and then: when, is no matter of the seed"
     plan = Plan.load(Path(work)/'plan.json')
-    if model in plan.models and not model == '3d_cascade':
+    if kw.get('minutes') and model in plan.models and model != '3d_cascade':
         id = judging_order(held_out(work, fold))[0]
         kw['cbs'] = [WholeScan(p, dataset[id].label, plan) for p in prepared_cases(work, plan.models[model], [id])]
     return train_fold(work, model, fold, **kw)

@@ -44,7 +44,7 @@ def mean_of_classes(
 
 # %% ../nbs/13b_whole_scans.ipynb #86f7408f
 SCAN_SHARE = .05 # of the time of a training that whole scans may take
-FORWARD_SHARE = .35 # of the time of a training step that a forward pass takes; measured
+FORWARD_SHARE = .35 # of the time of a training step that a forward pass takes, about: backward takes twice as long
 
 def forward_seconds(
     config, # `ModelConfig`
