@@ -92,9 +92,7 @@ def _judge_racer(work, dataset, model, fold, ids, ledger):
     "Mean Dice of a racer on whole scans"
     net, config = load_model(work, model, fold)
     plan, began = Plan.load(Path(work)/'plan.json'), time.monotonic()
-    scores = [mean_of_classes(quick_dice(net, config, plan, p, dataset[p.id].label)) for p in prepared_cases(work, config, ids)]
-    there = [s for s in scores if s is not None]
-    mean = sum(there) / len(there) if there else 0.
+    mean = mean_of_classes({p.id: mean_of_classes(quick_dice(net, config, plan, p, dataset[p.id].label)) for p in prepared_cases(work, config, ids)}) or 0.
     ledger.note(model, scan=(time.monotonic() - began) / len(ids), dice=mean)
     return mean
 

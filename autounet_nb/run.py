@@ -306,11 +306,11 @@ def _one_of_budget(work, dataset, job, waiting, ledger, kw):
     scan_seconds = FULL_QUALITY * ledger.racers.get(model, {}).get('scan', UNKNOWN_JUDGING * ledger.left() / waiting / n / FULL_QUALITY)
     train_seconds, judging = training_share(ledger.left(), waiting, n * scan_seconds)
     tta = scan_seconds <= judging
-    if ledger.left() < LEAST_LEFT: row = do_training(work, dataset, model, fold, judging, minutes=1e-6, **kw) if finished_training(fold_folder(work, model, fold)) else None
+    if ledger.left() < LEAST_LEFT and finished_training(fold_folder(work, model, fold)): # it is judged, and not trained further
+        row = do_training(work, dataset, model, fold, judging, minutes=1e-6, **kw)
     else:
         print(f'training {model}, fold {fold}, {train_seconds / 60:.1f} minutes', flush=True)
-        row = None
-    row = row or do_training(work, dataset, model, fold, judging, tta, minutes=train_seconds / 60, more=True, **kw)
+        row = do_training(work, dataset, model, fold, judging, tta, minutes=train_seconds / 60, more=True, **kw)
     judged = len(judged_cases(work, model, fold))
     if judged < n: ledger.say(f'{model}, fold {fold} was judged by {judged} of its {n} validation scans, for lack of time.')
     _write_board(work)

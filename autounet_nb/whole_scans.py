@@ -36,7 +36,7 @@ def quick_dice(
     return {name: found.get(value, {}).get('dice') for name, value in plan.labels.items() if value}
 
 def mean_of_classes(
-    scores, # class → Dice or None
+    scores, # class → Dice or None; or the means of several scans, by their ids
 ):
     "Their mean; None where no class is anywhere"
     there = [d for d in scores.values() if d is not None]
