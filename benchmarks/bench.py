@@ -15,7 +15,7 @@ MOST = .9 # of this machine's memory; a process that takes more is ended, and th
 
 def works():
     "name → title, goal, cases, rounds, what has to be there first"
-    from inputs import LOGITS, PATCHES, PEER_TIMES, RESAMPLE, TIMES
+    from inputs import BUDGET, LOGITS, PATCHES, PEER_BUDGET, PEER_TIMES, RESAMPLE, TIMES
     return dict(
         resample=('third-order resampling of a CT', '≥ 15×', list(RESAMPLE), 3, [ct]),
         prepare=('check, fingerprint, plan, preprocess in 2D and 3D', '≥ 6×', ['hippocampus', 'openkbp'], 3, [datasets]),
@@ -26,6 +26,7 @@ def works():
         large=('CT of 600×512×512, 20 classes, file to file', '≤ 5 GB', ['large'], 1, [large_scan]),
         start=('import, and the help of the command line', '≤ 0.5 s', ['import', 'help'], 5, []),
         learn=('held-out Dice after minutes of training', '0.85 in ≤ 4 minutes, ≥ 5×', [*TIMES, *PEER_TIMES], 1, [datasets, prepared]),
+        budget=('Dice on new scans after a run of some minutes', '≥ 5× fewer minutes for the same Dice', [*BUDGET, *PEER_BUDGET], 1, [budget_sets]),
         growth=('time against cases and voxels', 'linear', ['prepare_cases', 'prepare_voxels', 'train_steps', 'predict_cases', 'predict_voxels'], 1, []))
 
 # inputs
@@ -86,6 +87,31 @@ def large_scan(data):
     x = np.load(FOLDER/'ct.npy', mmap_mode='r')
     image = sitk.GetImageFromArray(np.concatenate([x[::s] for s in (1, -1, 1, -1, 1)]).astype(np.int16))
     (FOLDER/'large').mkdir(); sitk.WriteImage(image, FOLDER/'large'/'ct.nii.gz')
+
+def budget_sets(data):
+    "Every set in two folders: the cases that are given, and those that take no part"
+    from autounet_nb.data import scan
+    from inputs import BUDGET_SETS
+    for name, (source, n) in BUDGET_SETS.items():
+        if (FOLDER/'budget'/name).exists(): continue
+        if not (data/source).is_dir(): raise FileNotFoundError(f'{data/source} is missing; say with DATA=folder where {source} lies')
+        d = scan(data/source)
+        cases = list(d)
+        unseen = cases[len(cases) // n // 2::len(cases) // n][:n]
+        for part, some in (('unseen', unseen), ('given', [c for c in cases if c not in unseen])): _raw(d, some, FOLDER/'budget'/name/part)
+
+def _raw(dataset, cases, to):
+    "Cases with one image each in nnU-Net's layout, which both sides read; pictures in colour as pairs of files, which ours does"
+    from autounet_nb.data import read_label, split_name
+    end, colour = split_name(cases[0].images[0])[1], len(dataset.modalities) > 1
+    folders = ('images', 'labels') if colour else ('imagesTr', 'labelsTr')
+    for k in folders: (to/k).mkdir(parents=True)
+    for c in cases:
+        for k, f, name in zip(folders, (c.images[0], c.label), (c.id + '_0000' * (not colour), c.id)): shutil.copy(f, to/k/f'{name}{end}')
+    if colour: return
+    found = {int(v) for c in cases for v in np.unique(read_label(c.label)[0])}
+    labels = dataset.labels or {f'class {v}': v for v in sorted(found - {0})}
+    write(to/'dataset.json', dict(channel_names={'0': dataset.modalities[0]}, labels={'background': 0} | labels, numTraining=len(cases), file_ending=end))
 
 def write(path, d): path.parent.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(d, indent=1))
 
@@ -173,15 +199,26 @@ def measure(work, cases, rounds, got):
         got = got | {c: compare(work, c, rounds)}
         yield got
 
-def curves(cases, got):
-    "The same for Dice against minutes of training, for which each side has lengths of its own"
-    from inputs import TIMES
+def curves(work, cases, got, own):
+    "The same for Dice against minutes, for which each side has cases of its own"
     got = dict(ours=[], peer=[]) | got
     for name in cases:
-        side = 'ours' if name in TIMES else 'peer'
-        point = dict(case=name) | run(side, 'learn', name); print('learn', side, point, flush=True)
-        got = got | {side: sorted([r for r in got[side] if r['case'] != name] + [point], key=lambda r: r['seconds'])}
+        side = 'ours' if name in own else 'peer'
+        point = dict(case=name) | run(side, work, name); print(work, side, point, flush=True)
+        got = got | {side: sorted([r for r in got[side] if r['case'] != name] + [point], key=lambda r: r.get('seconds', r['case']))}
         yield got
+
+def minutes_ratios(got):
+    "Set → nnU-Net's minutes, and ours for at least the same Dice, for every length of its training that ours reaches"
+    from inputs import BUDGET, PEER_BUDGET
+    res, better = {}, {}
+    for r in got['peer']:
+        name, minutes, _ = PEER_BUDGET[r['case']]
+        better[name, minutes] = max(r['dice'], better.get((name, minutes), 0))
+    for (name, minutes), dice in sorted(better.items()):
+        own = [r['minutes'] for r in got['ours'] if BUDGET[r['case']][0] == name and r['dice'] >= dice]
+        if own: res.setdefault(name, []).append(dict(peer=minutes, ours=min(own), dice=dice))
+    return res
 
 def chosen(work, cases, asked):
     "The cases of a work that were asked for"
@@ -189,10 +226,11 @@ def chosen(work, cases, asked):
     if some := [c for c in cases if c in asked]: return some
     raise SystemExit(f'bench: {work} has no such case; it has {", ".join(cases)}')
 
-def kept(work, old, asked):
-    "Results of the cases that were not asked for: only those of the same day, machine and versions stand beside new ones"
+def kept(work, old, asked, any_day=False):
+    "Results of the cases that were not asked for: only those of the same machine and versions stand beside new ones, and of the same day where sides are compared case by case"
     if not asked or not old: return {}
-    if old['machine'] != machine(): raise SystemExit(f'bench: the other results of {work} are of another day, machine or version; measure all its cases')
+    same = lambda m: {k: v for k, v in m.items() if k != 'date' or not any_day}
+    if same(old['machine']) != same(machine()): raise SystemExit(f'bench: the other results of {work} are of another day, machine or version; measure all its cases')
     return old['cases']
 
 def _last_time(result):
@@ -220,6 +258,8 @@ def main():
     p.add_argument('--data', type=Path, default=HERE.parent/'data', help='folder with Task04_Hippocampus and Dataset101_OpenKBP')
     a = p.parse_args()
     sys.path.insert(0, str(HERE))
+    from inputs import BUDGET, TIMES
+    own = dict(learn=TIMES, budget=BUDGET) # works of which each side has cases of its own
     todo, known = works(), json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     asked = {c for c in a.cases.split(',') if c}
     names = [n for n in a.only.split(',') if n] or list(todo)
@@ -231,10 +271,12 @@ def main():
         try:
             for need in needs: need(a.data)
         except FileNotFoundError as e: print(f'bench: {name} is left out: {e}'); continue
-        some, others = chosen(name, cases, asked), kept(name, known.get(name), asked)
-        for got in curves(some, others) if name == 'learn' else measure(name, some, rounds, others):
+        some, others = chosen(name, cases, asked), kept(name, known.get(name), asked, name in own)
+        for got in curves(name, some, others, own[name]) if name in own else measure(name, some, rounds, others):
             known[name] = dict(title=title, goal=goal, machine=machine(), cases=got)
             write(RESULTS, known)
+        if name == 'budget':
+            for k, pairs in minutes_ratios(known[name]['cases']).items(): print(f'{k}: ' + ', '.join(f'{p["peer"]} minutes of nnU-Net are reached in {p["ours"]}: {p["peer"] / p["ours"]:.1f}×' for p in pairs))
     print(f'results: {RESULTS}')
 
 if __name__ == '__main__': main()

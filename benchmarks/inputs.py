@@ -19,6 +19,15 @@ PEER_TIMES = { # trainer, learning rate at first, minutes
     'adam_1_minute': (ADAM, 1e-3, 1), 'adam_2_minutes': (ADAM, 1e-3, 2), 'adam_5_minutes': (ADAM, 1e-3, 5), 'adam_10_minutes': (ADAM, 1e-3, 10), 'adam_20_minutes': (ADAM, 1e-3, 20),
     'adam_3e-3_10_minutes': (ADAM, 3e-3, 10), 'sgd_10_minutes': (SGD, 1e-2, 10)}
 
+BUDGET_SETS = { # folder of the data, cases that take no part
+    'hippocampus': ('Task04_Hippocampus', 40), 'openkbp': ('Dataset101_OpenKBP', 8), 'oasis': ('oasis_brains', 2),
+    'nuclei': ('nuclei2d', 10), 'sarcoma_mr': ('sarcoma_mr', 1), 'sarcoma_ct': ('sarcoma_ct', 1)}
+BUDGET_MINUTES = 2, 5, 10, 30
+BUDGET = {f'{name}_{m}': (name, m) for m in BUDGET_MINUTES for name in BUDGET_SETS}
+PEER_BUDGET = {f'{name}_{m}_{configuration}': (name, m, configuration) # both configurations at 5 minutes, the better one at the others
+    for name, better, other in (('hippocampus', '3d_fullres', '2d'), ('openkbp', '3d_fullres', '2d'), ('oasis', '3d_fullres', '2d'))
+    for m, configuration in ((5, better), (5, other), (2, better), (10, better), (30, better))}
+
 def seconds_of(f):
     "How long a call takes, and what it returns"
     start = time.perf_counter(); res = f()

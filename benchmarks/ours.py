@@ -2,10 +2,10 @@
 
 FOLDER holds the inputs, see inputs.py. Each function is one work and has its counterpart in peer.py.
 """
-import json, shutil, sys, time
+import json, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np
-from inputs import LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, memory_of, patch_batches, seconds_of
+from inputs import BUDGET, LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, memory_of, patch_batches, seconds_of
 
 def resample(case, folder):
     from autounet_nb.resample import resample
@@ -127,6 +127,23 @@ def learn(case, folder):
     shutil.copy(folder/'splits.json', work/'splits.json')
     seconds, _ = seconds_of(lambda: train_fold(work, '3d', 1, minutes=minutes))
     return dict(seconds=seconds, dice=validate_fold(work, scan(folder/'data'/'hippocampus'), '3d', 1)['mean']['dice'])
+
+def budget(case, folder):
+    "`autounet run` with some minutes and nothing else said; then Dice on the cases that took no part"
+    from autounet_nb.data import Case, read_json, scan
+    from autounet_nb.evaluate import evaluate
+    from autounet_nb.predict import predict
+    name, minutes = BUDGET[case]
+    data, work = folder/'budget'/name, folder/'ours'/'budget'/case
+    shutil.rmtree(work, ignore_errors=True)
+    command = [Path(sys.executable).with_name('autounet'), 'run', data/'given', work, '--minutes', str(minutes)]
+    took, done = seconds_of(lambda: subprocess.run(list(map(str, command)), capture_output=True, text=True))
+    if done.returncode: raise SystemExit(done.stderr)
+    unseen = scan(data/'unseen')
+    predicted = predict(work, [Case(c.id, c.images) for c in unseen], work/'unseen')
+    scores = evaluate(dict(zip((c.id for c in unseen), predicted)), list(unseen), names=unseen.labels)
+    kept = read_json(work/'budget.json')
+    return dict(minutes=minutes, took=took, dice=scores.mean, classes=scores.classes, models=read_json(work/'ensemble.json')['models'], trainings=kept['jobs'], decisions=kept['said'])
 
 def growth(case, folder):
     "Seconds for one, two, four and eight times as much, on generated scans; what both share, such as imports, is not timed"

@@ -5,9 +5,10 @@ Run by the Python of nnU-Net's own virtual environment. Each function is one wor
 import json, os, shutil, sys, time
 from pathlib import Path
 import numpy as np
-from inputs import LOGITS, NETWORK, PATCHES, RESAMPLE, memory_of, patch_batches, seconds_of
+from inputs import ADAM, BUDGET_SETS, LOGITS, NETWORK, PATCHES, PEER_BUDGET, RESAMPLE, memory_of, patch_batches, seconds_of
 
 IDS = dict(hippocampus=4, openkbp=101) # of the datasets
+BUDGET_IDS = {name: 900 + i for i, name in enumerate(BUDGET_SETS)}
 
 def _folders(folder):
     "Where nnU-Net finds everything; it reads this when it is imported"
@@ -142,19 +143,25 @@ def learn(case, folder):
     "Train for some minutes with nnU-Net's short recipes, and segment the held-out cases: Dice against the minutes of training"
     from inputs import PEER_TIMES
     base, rate, minutes = PEER_TIMES[case]
-    trainer = _trainer(folder, 1, base, num_iterations_per_epoch=25, initial_lr=rate)
+    trainer = _trainer(folder, 1, base, initial_lr=rate)
+    seconds, steps = _train_for(trainer, minutes, 10, 25)
+    return dict(seconds=seconds, steps=steps, dice=_held_out_dice(trainer, folder))
+
+def _train_for(trainer, minutes, first, per_epoch):
+    "Train for some minutes, of which the first steps say how long the schedule may be; seconds and steps"
+    trainer.num_iterations_per_epoch = per_epoch
     trainer.on_train_start(); trainer.network.train()
     def steps(n):
         for _ in range(n): trainer.train_step(next(trainer.dataloader_train))
         return n
-    start = time.perf_counter(); n = steps(10)
-    trainer.num_epochs = max(1, round((60 * minutes - time.perf_counter() + start) / ((time.perf_counter() - start) / n * 25)))
+    start = time.perf_counter(); n = steps(first)
+    trainer.num_epochs = max(1, round((60 * minutes - time.perf_counter() + start) / ((time.perf_counter() - start) / n * per_epoch)))
     trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers() # whose learning rate falls over just these epochs
     for trainer.current_epoch in range(trainer.num_epochs):
-        trainer.lr_scheduler.step(trainer.current_epoch); n += steps(25)
+        trainer.lr_scheduler.step(trainer.current_epoch); n += steps(per_epoch)
     seconds = time.perf_counter() - start
     trainer.dataloader_train._finish(); trainer.dataloader_val._finish()
-    return dict(seconds=seconds, steps=n, dice=_held_out_dice(trainer, folder))
+    return seconds, n
 
 def _held_out_dice(trainer, folder):
     import SimpleITK as sitk
@@ -168,6 +175,53 @@ def _held_out_dice(trainer, folder):
         p, y = read(out/f'{i}.nii.gz'), read(raw/'labelsTr'/f'{i}.nii.gz')
         dice.append([2 * ((p == k) & (y == k)).sum() / ((p == k).sum() + (y == k).sum()) for k in (1, 2)])
     return float(np.mean(dice))
+
+def budget(case, folder):
+    """Train one configuration on one fold for some minutes with Adam, and segment the cases that took no part
+
+    Planning, preprocessing and prediction cost it nothing here: all the minutes are training.
+    """
+    name, minutes, configuration = PEER_BUDGET[case]
+    _prepare_budget(name, folder)
+    trainer = _budget_trainer(name, configuration, folder)
+    seconds, steps = _train_for(trainer, minutes, 3, 5)
+    data, out = folder/'budget'/name/'unseen', folder/'peer'/'budget'/case
+    shutil.rmtree(out, ignore_errors=True)
+    _predictor(trainer, True).predict_from_files(str(data/'imagesTr'), str(out), num_processes_preprocessing=1, num_processes_segmentation_export=1)
+    return dict(minutes=minutes, seconds_of_training=seconds, steps=steps, dice=_mean_dice(out, data))
+
+def _prepare_budget(name, folder):
+    "Plan for a GPU of 2 GB, so that steps are short, and preprocess"
+    from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry
+    full = f'Dataset{BUDGET_IDS[name]}_{name}'
+    raw = folder/'peer'/'raw'/full
+    if not raw.exists(): raw.symlink_to(folder/'budget'/name/'given')
+    if (folder/'peer'/'preprocessed'/full/'small.json').exists(): return
+    sys.argv[1:] = ['-d', str(BUDGET_IDS[name]), '-c', '2d', '3d_fullres', '-np', '2', '2', '-npfp', '2', '--no_pbar', '-gpu_memory_target', '2', '-overwrite_plans_name', 'small']
+    plan_and_preprocess_entry()
+
+def _budget_trainer(name, configuration, folder):
+    "nnU-Net's trainer with Adam"
+    import torch
+    import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as module
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+    cls = recursive_find_python_class(str(Path(module.__file__).parent), ADAM, 'nnunetv2.training.nnUNetTrainer')
+    dataset = folder/'peer'/'preprocessed'/f'Dataset{BUDGET_IDS[name]}_{name}'
+    plans = json.loads((dataset/'small.json').read_text())
+    class Trainer(cls):
+        def plot_network_architecture(self): pass
+    return Trainer({**plans, 'continue_training': False}, configuration, 0, json.loads((dataset/'dataset.json').read_text()), torch.device('cpu'))
+
+def _mean_dice(out, data):
+    "Mean over the classes of the mean over the cases, as our side takes it"
+    import SimpleITK as sitk
+    read = lambda f: sitk.GetArrayFromImage(sitk.ReadImage(str(f)))
+    labels, dice = json.loads((data/'dataset.json').read_text())['labels'], {}
+    for f in sorted((data/'labelsTr').iterdir()):
+        p, y = read(out/f.name), read(f)
+        for k in set(labels.values()) - {0}:
+            if (total := (p == k).sum() + (y == k).sum()): dice.setdefault(k, []).append(2 * ((p == k) & (y == k)).sum() / total)
+    return float(np.mean([np.mean(d) for d in dice.values()]))
 
 if __name__ == '__main__':
     work, case, folder = sys.argv[1:]
