@@ -18,6 +18,7 @@ from .explorer import *
 from .resample import *
 from .preprocess import *
 from .unet import *
+from .weights import *
 from .loss import *
 from .augment import *
 from .disturb import *
@@ -37,6 +38,7 @@ from .whole_scans import *
 from .crossval import *
 from .cascade import *
 from .choose import *
+from .prices import *
 from .board import *
 from .cluster import *
 from .budget import *

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ROUND_SHARE', 'ROUND_MOST', 'ROUND_LEAST', 'JUDGE_SHARE', 'JUDGE_SCANS', 'SLOW_SCAN', 'CLEAR', 'LEARNT', 'PREFERRED',
-           'WORTH', 'END_SECONDS', 'MOST_JUDGING', 'Ledger', 'still_racing', 'race', 'affordable_trainings',
-           'training_share']
+           'WORTH', 'END_SECONDS', 'PRICING_SHARE', 'MOST_JUDGING', 'Ledger', 'still_racing', 'race',
+           'affordable_trainings', 'training_share']
 
 # %% ../nbs/14ea_budget.ipynb #b2556beb
 from pathlib import Path
 import math, time
 from .data import *
 from .plan import *
+from .weights import *
 from .train import *
 from .whole_scans import *
 from .crossval import *
@@ -86,7 +87,7 @@ def _measure(work, model, fold, ledger):
     d, plan = read_json(fold_folder(work, model, fold)/'model.json'), Plan.load(Path(work)/'plan.json')
     config = ModelConfig(**d['config'])
     step = d['seconds'] / max(1, d['steps'])
-    ledger.note(model, step=step, steps=d['steps'], scan=forward_seconds(config, plan.models[model].median_shape, step, QUICK_OVERLAP))
+    ledger.note(model, step=step, steps=d['steps'], scan=forward_seconds(config, plan.models[model].median_shape, step, QUICK.overlap))
 
 def _judge_racer(work, dataset, model, fold, ids, ledger):
     "Mean Dice of a racer on whole scans"
@@ -164,6 +165,7 @@ def affordable_trainings(
 
 # %% ../nbs/14ea_budget.ipynb #f57ac4b2
 END_SECONDS = 10 # that the choice and the report take, without segmenting
+PRICING_SHARE = .03 # of the minutes that are kept for the price list of predictions
 MOST_JUDGING = .2 # of the share of a training
 
 def training_share(

@@ -138,7 +138,12 @@ def report_command(a):
 def predict_command(a):
     "Segment new scans with a trained model; the results lie on the scans' own grids"
     from autounet_nb.predict import predict
-    paths = predict(a.work, a.scans, a.out, model=a.model, folds=a.folds, tta=not a.no_tta, probabilities=a.probabilities, suffix=a.suffix, device=a.device)
+    options = None
+    if a.quality is not None:
+        from autounet_nb.prices import chosen_options
+        options, why = chosen_options(a.work, a.quality, a.model, a.folds)
+        print(why)
+    paths = predict(a.work, a.scans, a.out, model=a.model, folds=a.folds, tta=not a.no_tta, probabilities=a.probabilities, suffix=a.suffix, device=a.device, options=options)
     print(f'{len(paths)} segmentation{"s" * (len(paths) != 1)} in {a.out}')
 
 def evaluate_command(a):
@@ -171,7 +176,7 @@ def _plan_options(p):
     p.add_argument('--automatic', action='store_true', help='forget what was set by hand')
     p.add_argument('--why', action='store_true', help='print the reason of every value, and what would change it')
     p.add_argument('--json', action='store_true', help='print plan.json')
-    p.add_argument('--foresee', action='store_true', help='time a few training steps, and print the memory, disk and time that the plan will take')
+    p.add_argument('--forecast', '--foresee', dest='foresee', action='store_true', help='time a few training steps, and print the memory, disk and time that the plan will take')
 
 def _explore_options(p):
     p.add_argument('-o', '--output', metavar='FILE', help='where the save button writes, and the page goes on from (default: plan.json beside the fingerprint, or in the current folder for scans)')
@@ -185,7 +190,11 @@ def _train_options(p):
 def _predict_options(p):
     p.add_argument('--model', metavar='NAME', help='which model, or two that are averaged, as in 2d+3d (default: what was best in cross-validation)')
     p.add_argument('--folds', type=_numbers, metavar='NUMBERS', help='which folds to average (default: all that are trained)')
-    p.add_argument('--no-tta', action='store_true', help='do not average over mirrored copies: several times faster, a little less accurate')
+    how = p.add_mutually_exclusive_group()
+    how.add_argument('--fast', dest='quality', action='store_const', const='fast', help='the quickest way that loses next to nothing, by the price list that the run measured')
+    how.add_argument('--best', dest='quality', action='store_const', const='best', help='the way with the highest Dice in the price list')
+    how.add_argument('--seconds', dest='quality', type=_above_zero(float), metavar='S', help='the best way that takes about S seconds per scan or less')
+    how.add_argument('--no-tta', action='store_true', help='do not average over mirrored copies: several times faster, a little less accurate')
     p.add_argument('--probabilities', action='store_true', help='also write the probability of each class')
     p.add_argument('--suffix', metavar='S', help='format of the results, e.g. .nii.gz or .nrrd (default: that of the scan)')
 

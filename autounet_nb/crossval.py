@@ -13,6 +13,7 @@ import numpy as np
 from .data import *
 from .plan import *
 from .preprocess import *
+from .weights import *
 from .train import *
 from .ensemble import *
 from .predict import *
@@ -116,7 +117,7 @@ def _validate(p, ensemble, softmax, mask, tta):
     "Segment a prepared case; the mask is written last"
     plan, first = ensemble.plan, p.first_stage[:] if p.first else None
     k = len(plan.label_values)
-    slabs = saved_softmax(softmax, mean_softmax(p.image[:], ensemble.models, k, tta, first), (k, *p.meta['shape']))
+    slabs = saved_softmax(softmax, mean_softmax(p.image[:], ensemble.models, k, InferenceOptions(tta), first), (k, *p.meta['shape']))
     write_like(native_labels(slabs, p.meta, p.geometry.shape, plan), p.geometry, mask)
 
 # %% ../nbs/14_crossval.ipynb #96a64a99

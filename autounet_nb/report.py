@@ -32,6 +32,7 @@ from .metrics import *
 from .evaluate import *
 from .crossval import *
 from .choose import *
+from .prices import *
 from .board import *
 
 # %% ../nbs/14f_report.ipynb #8b26408b
@@ -274,7 +275,8 @@ def _summary(found):
     tiles = [(len(d) if d else fp.n if fp else None, 'cases'), (len(found.plan.modalities) if found.plan else None, 'channels'), (len(found.plan.labels) - 1 if found.plan else None, 'classes'),
              (f'{states.count("done")} of {len(states)}', 'trainings done'), (_minutes(sum(r['seconds'] for r in found.made)), 'of training')]
     if best: tiles.insert(0, (_dice(found.scores[best][0].mean), f'mean Dice of {best}, held out'))
-    return [_Html('<div class="tiles">' + ''.join(f'<div><b>{_text(v)}</b><span>{_text(n)}</span></div>' for v, n in tiles) + '</div>')]
+    names = found.choice['models'] if found.chosen else [found.best] if found.best else []
+    return [_Html('<div class="tiles">' + ''.join(f'<div><b>{_text(v)}</b><span>{_text(n)}</span></div>' for v, n in tiles) + '</div>'), *_said(too_short(found.work, names))]
 
 def _made_with(found):
     "Versions, seed, what was asked for, and the lines to type"
@@ -337,15 +339,22 @@ _MEANS = dict(dice='How far prediction and truth overlap: twice the volume they 
 _NAMES = dict(dice=('Dice', '{:.3f}'), jaccard=('Jaccard', '{:.3f}'), sensitivity=('sensitivity', '{:.3f}'), precision=('precision', '{:.3f}'), volume_difference=('volume', '{:+.1%}'), hd95=('HD95, mm', '{:.2f}'), surface_dice=('surface Dice', '{:.3f}'))
 
 def _trainings(found):
-    "A table of states, and what went wrong"
+    "How the minutes were spent, a table of states, and what went wrong"
     all = found.board.trainings
     if not all: return [_p('No training has begun.', 'note')]
     at, folds = {(t.model, t.fold): t for t in all}, sorted({t.fold for t in all})
     cell = lambda t: _Html('' if t is None else f'<span class="state {t.state}">{t.state}</span><small>{escape(t.said if t.state != "failed" else "see below")}</small>')
-    out = [_table(['', *(f'fold {k}' for k in folds)], [[m, *(cell(at.get((m, k))) for k in folds)] for m in dict.fromkeys(t.model for t in all)])]
+    out = [*_budget(found), _table(['', *(f'fold {k}' for k in folds)], [[m, *(cell(at.get((m, k))) for k in folds)] for m in dict.fromkeys(t.model for t in all)])]
     for t in all:
         if t.state == 'failed': out += [_p(f'{t.model}, fold {t.fold}, failed: {t.said}', 'note'), *_trace(found, t)]
     return out
+
+def _budget(found):
+    "What was decided about the minutes, in the order in which it was"
+    d = found.read('budget.json')
+    if not isinstance(d, dict) or not isinstance(d.get('said'), list): return []
+    said = ''.join(f'<li>{escape(str(s))}</li>' for s in d['said'])
+    return [_p(f'{d.get("minutes", 0):g} minutes were asked for. What was decided, step by step:'), _Html(f'<ol>{said}</ol>')]
 
 def _trace(found, t):
     "Where in the program a training failed"
@@ -425,12 +434,20 @@ def _chosen(found):
     rows = [(n, 'yes' if e['applied'] else 'no', _dice(e['dice']), _dice(e['dice_without']) if e['applied'] else '–') for n, e in choice.postprocessing.items()]
     return [*out, _Html('<h3>Only the largest piece</h3>'), _p('A class that was one connected piece in all training masks is taken to be one in every scan: smaller pieces are removed.'), _table(['class', 'applied', 'Dice with it', 'without'], rows)]
 
+def _prices(found):
+    "What a quicker prediction costs"
+    prices = found.tried(lambda: load_prices(found.work, found.choice['models'])) if found.chosen else None
+    if not prices: return [_p('What a quicker prediction costs was not measured.', 'note')]
+    head, *rows = prices.rows()
+    said = f'Measured on {prices.scans} validation scan{"s" * (prices.scans > 1)} with one fold; several folds take as many times as long. autounet predict WORK SCANS OUT takes the first line, with --fast or --best those that are named so, with --seconds S the best one that takes at most S seconds.'
+    return [_Html('<h3>What a quicker prediction costs</h3>'), _p(said), _table(head, rows)]
+
 def _predicting(found):
     "How to use it"
     if not found.made: return [_p('There is no trained model yet.', 'note')]
     channels = f'A scan needs {len(found.plan.modalities)} channel{"s" * (len(found.plan.modalities) > 1)}, in this order: {", ".join(found.plan.modalities)}. ' if found.plan else ''
     return [_p(channels + 'The masks lie on the grid of each scan, with the values of the training masks.'), _code(shlex.join(['autounet', 'predict', str(found.work), 'SCANS', 'OUT'])), _p('or in Python'),
-            _code('from autounet_nb.predict import predict', f'predict({str(found.work)!r}, "SCANS", "OUT")'), _p('Results on scans of another scanner, protocol or group of patients may be worse than anything here says. Look at the masks.', 'note')]
+            _code('from autounet_nb.predict import predict', f'predict({str(found.work)!r}, "SCANS", "OUT")'), *_prices(found), _p('Results on scans of another scanner, protocol or group of patients may be worse than anything here says. Look at the masks.', 'note')]
 
 # %% ../nbs/14f_report.ipynb #8c29662a
 _PARTS = dict(made=('How it was made', _made_with), data=('The dataset', _dataset), plan=('The plan', _plan), trainings=('Trainings', _trainings), curves=('Learning curves', _curves),

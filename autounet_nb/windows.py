@@ -7,14 +7,14 @@ __all__ = ['BATCH_VOXELS', 'gaussian_window', 'window_size', 'count_windows', 'V
            'sliding_window']
 
 # %% ../nbs/11b_windows.ipynb #e2b13caf
-from itertools import accumulate, combinations, islice, product
+from itertools import accumulate, combinations, product
 from typing import NamedTuple
 import functools, math
 import numpy as np, torch
 from .data import *
 from .memory import *
 from .unet import *
-from .patches import *
+from .preprocess import *
 
 # %% ../nbs/11b_windows.ipynb #ef9fe7bf
 def _bell(
@@ -75,13 +75,16 @@ class _Window(NamedTuple):
     start: tuple # first voxel, negative where the scan is smaller than the window
     inside: tuple # slices: the part of the scan that it covers
     part: tuple # slices: where this lies within the window
-    weight: torch.Tensor # of the voxels of this part
+    along: tuple # weights of this part along each axis
+
+    @property
+    def weight(self): return torch.from_numpy(functools.reduce(np.multiply.outer, self.along)) # of the voxels of this part
 
 def _window(spots, shape, size):
     start = tuple(s for s, _ in spots)
     inside = tuple(slice(max(0, s), min(n, s + k)) for s, n, k in zip(start, shape, size))
     part = tuple(slice(i.start - s, i.stop - s) for i, s in zip(inside, start))
-    return _Window(start, inside, part, torch.from_numpy(functools.reduce(np.multiply.outer, [w for _, w in spots])))
+    return _Window(start, inside, part, tuple(w for _, w in spots))
 
 # %% ../nbs/11b_windows.ipynb #c684fd37
 def _softmax(net, x, slice_axis):
@@ -92,46 +95,58 @@ def _softmax(net, x, slice_axis):
     p = logits.float().softmax(1)
     return p if slice_axis is None else p.unsqueeze(2 + slice_axis)
 
-def _mirrored(net, x, slice_axis, tta):
-    "The same, averaged over all mirror images"
+def _mirrored(nets, x, slice_axis, tta):
+    "The same, averaged over all networks and all mirror images"
     axes = [a for a in (2, 3, 4) if x.shape[a] > 1] if tta else []
     copies = [c for n in range(len(axes) + 1) for c in combinations(axes, n)]
-    return sum(_softmax(net, x.flip(c), slice_axis).flip(c) for c in copies)/len(copies)
+    total = None
+    for c, net in product(copies, nets):
+        p = _softmax(net, x.flip(c) if c else x, slice_axis)
+        total = p if total is None else total.add_(p.flip(c) if c else p)
+    return total.div_(len(copies)*len(nets)) if len(copies)*len(nets) > 1 else total
 
 # %% ../nbs/11b_windows.ipynb #597bc02a
 BATCH_VOXELS = {'cpu': FORWARD_VOXELS, 'cuda': 2**22} # voxels per forward pass; more of them are not faster
 
 class Voice(NamedTuple):
-    "A network that speaks about a scan"
-    net: object # in `eval` mode: (b,c,*patch) → logits (b,k,*patch)
+    "Networks that look through the same windows, each of which counts the same"
+    nets: list # in `eval` mode: (b,c,*patch) → logits (b,k,*patch)
     patch: tuple # voxels of a window: 3 numbers, or 2 for a 2D network
     slice_axis: int = None # axis along which a 2D network sees slices
     tta: bool = True # average over mirror images (Inference)
-    share: float = 1. # of the sum of all voices
+    share: float = 1. # weight of their mean in the sum of all voices
     read: object = None # (first voxel, size) → (c,*size), where the network sees more than the scan
 
 class _Group(NamedTuple):
     "Windows that follow each other from top to bottom"
     first: int # slice that they reach
     stop: int # slice after the last
-    batches: object # lists of windows that are seen at once
+    batches: list # lists of windows that are seen at once
+    empty: list # windows that are background, and that no network sees
     look: object # list of windows → probabilities (b,k,*size)
     share: float # of the sum of all voices
 
-def _groups(voice, x, overlap, batch):
+def _groups(voice, x, overlap, batch, where):
     "The windows of a voice in groups, from top to bottom"
     v, shape = voice, x.shape[1:]
     size = window_size(v.patch, v.slice_axis)
-    device = next((p.device for p in v.net.parameters()), torch.device('cpu'))
+    device = next((p.device for p in v.nets[0].parameters()), torch.device('cpu'))
     batch, read = batch or max(1, BATCH_VOXELS.get(device.type, 2**22)//math.prod(size)), v.read or functools.partial(read_patch, x)
     def look(windows):
-        xs = torch.from_numpy(np.stack([read(w.start, size) for w in windows])).float()
-        return _mirrored(v.net, xs.to(device), v.slice_axis, v.tta).cpu()
+        xs = torch.from_numpy(np.stack([read(w.start, size) for w in windows])).float().to(device)
+        return _mirrored(v.nets, xs, v.slice_axis, v.tta).cpu()
     z, *plane = (_along(n, k, overlap) for n, k in zip(shape, size))
     n = max(1, batch//math.prod(map(len, plane)))
     for some in (z[i:i + n] for i in range(0, len(z), n)):
-        windows = (_window(spots, shape, size) for spots in product(some, *plane))
-        yield _Group(max(0, some[0][0]), min(shape[0], some[-1][0] + size[0]), iter(lambda w=windows: list(islice(w, batch)), []), look, v.share)
+        seen, empty = [], []
+        for w in (_window(spots, shape, size) for spots in product(some, *plane)): (seen if where is None or where[w.inside].any() else empty).append(w)
+        batches = [seen[i:i + batch] for i in range(0, len(seen), batch)]
+        yield _Group(max(0, some[0][0]), min(shape[0], some[-1][0] + size[0]), batches, empty, look, v.share)
+
+def _below(inside, done):
+    "A part of the scan, counted from the first slice that isn't done"
+    z, *plane = inside
+    return slice(z.start - done, z.stop - done), *plane
 
 @torch.inference_mode()
 def probability_slabs(
@@ -140,9 +155,10 @@ def probability_slabs(
     classes, # that the networks tell apart, background included
     overlap=.5, # share of a window that its neighbour sees, too (Inference)
     batch=None, # windows per forward pass; None: by `BATCH_VOXELS`
+    where=None, # bool (z,y,x): voxels that may be foreground; a window without any is background, and no network sees it
 ):
     "Class probabilities of a scan as slabs (k,n,y,x), float32, from top to bottom; each is there until the next is asked for"
-    groups = sorted((g for v in voices for g in _groups(v, x, overlap, batch)), key=lambda g: g.first)
+    groups = sorted((g for v in voices for g in _groups(v, x, overlap, batch, where)), key=lambda g: g.first)
     depth = max(stop - g.first for g, stop in zip(groups, accumulate((g.stop for g in groups), max)))
     held, done = torch.zeros(classes, depth, *x.shape[2:]), 0
     for g in groups:
@@ -150,10 +166,11 @@ def probability_slabs(
             yield held[:, :n].numpy()
             for p in held: p.copy_(p.roll(-n, 0)); p[depth - n:] = 0
             done = g.first
+        for w in g.empty: held[(0, *_below(w.inside, done))] += w.weight*g.share
         for windows in g.batches:
             ps = g.look(windows)
             if ps.shape[1] != classes: raise DataError(f'the network tells {ps.shape[1]} classes apart, but {classes} are asked for; use the weights that belong to this plan')
-            for p, (_, (z, *plane), part, weight) in zip(ps, windows): held[(slice(None), slice(z.start - done, z.stop - done), *plane)] += p[(slice(None), *part)]*(weight*g.share)
+            for p, w in zip(ps, windows): held[(slice(None), *_below(w.inside, done))].addcmul_(p[(slice(None), *w.part)], w.weight*g.share)
     yield held[:, :x.shape[1] - done].numpy()
 
 def whole(
@@ -169,7 +186,7 @@ def sliding_window(
     classes, # that the network tells apart, background included
     slice_axis=None, # axis along which a 2D network sees slices
     tta=True, # average over mirror images (Inference)
-    **kw, # overlap, batch: as for `probability_slabs`
+    **kw, # overlap, batch, where: as for `probability_slabs`
 ):
     "Class probabilities (k,z,y,x), float32, of a whole scan by one network"
-    return whole(probability_slabs([Voice(net, patch, slice_axis, tta)], x, classes, **kw))
+    return whole(probability_slabs([Voice([net], patch, slice_axis, tta)], x, classes, **kw))

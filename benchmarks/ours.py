@@ -101,6 +101,51 @@ def large(case, folder):
     if out.exists(): shutil.rmtree(out)
     return dict(seconds=seconds_of(lambda: predict(work, folder/'large', out, tta=False))[0])
 
+def fast(case, folder):
+    "The default against `--fast`, file to file: 39 hippocampi by a network that has learnt a little, or the large CT"
+    from autounet_nb.data import read_json, scan, write_json
+    from autounet_nb.crossval import validate_fold
+    from autounet_nb.evaluate import evaluate
+    from autounet_nb.predict import predict
+    from autounet_nb.prices import measure_prices
+    from autounet_nb.whole_scans import QUICK
+    out = folder/'ours'/'fast'
+    if case == 'large':
+        _untrained(work := folder/'ours'/'large', (600, 512, 512), 19, (64, 96, 96))
+        scans, options, res = folder/'large', QUICK, {}
+    else:
+        work, scans, data = folder/'ours'/'hippocampus', folder/'scans', scan(folder/'data'/'hippocampus')
+        write_json(work/'splits.json', read_json(folder/'splits.json'))
+        validate_fold(work, data, '3d', 0)
+        prices = measure_prices(work, data, ['3d'])
+        options, res = prices.fast(), dict(prices=[dict(vars(p.options), seconds=p.seconds, dice=p.dice) for p in prices.prices])
+    for name, o in (('default', None), ('fast', options)):
+        shutil.rmtree(out, ignore_errors=True)
+        res[name], paths = seconds_of(lambda: predict(work, scans, out, model='3d', folds=[0], options=o))
+        if case != 'large': res[f'dice_{name}'] = evaluate(out, list(data[p.name.split('.')[0]] for p in paths)).mean
+    return res | dict(times=res['default'] / res['fast'])
+
+def many(case, folder):
+    "300 predictions of small scans in one process: memory and handles, and seconds after the first against those of the computing alone"
+    import psutil, torch
+    from autounet_nb.predict import Predictor, native_labels
+    from autounet_nb.preprocess import preprocess_case
+    from autounet_nb.ensemble import mean_softmax
+    predictor = Predictor(folder/'ours'/'hippocampus', '3d', [0])
+    scans = [(v[0], (1., 1., 1.)) for v, _ in patch_batches((36, 50, 35))]
+    me, at, memory, handles = psutil.Process(), [time.perf_counter()], [], []
+    for _ in predictor.each(scans[i % len(scans)] for i in range(300)):
+        at.append(time.perf_counter()); memory.append(me.memory_info().rss); handles.append(me.num_fds() + me.num_threads())
+    e, alone = predictor.ensemble, []
+    for x, mm in scans * 10:
+        began = time.perf_counter()
+        ready, _, meta = preprocess_case(x if x.ndim == 4 else x[None], mm, e.plan, e.models[0][1].spacing)
+        native_labels(mean_softmax(ready, e.models, len(e.plan.label_values)), meta, x.shape[-3:], e.plan)
+        alone.append(time.perf_counter() - began)
+    each = float(np.median(np.diff(at)[1:]))
+    return dict(seconds=each, first=at[1] - at[0], computing=float(np.median(alone)), times=each / float(np.median(alone)),
+                grown_mb=(memory[-1] - memory[30]) / 1e6, handles_grown=handles[-1] - handles[30])
+
 def _untrained(work, shape, classes, patch):
     "A work folder with a plan for CTs of this shape, and a small network that has learnt nothing"
     import torch

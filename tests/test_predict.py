@@ -1,11 +1,13 @@
 "Windows, the way back to the scan's grid, and what is written to files."
-import shutil
-import numpy as np, pytest, torch
+import shutil, time
+import numpy as np, psutil, pytest, torch
 import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
-from autounet_nb.data import DataError, Geometry, read_image, read_label, write_like
+from autounet_nb.data import DataError, Geometry, read_json, write_json, read_image, read_label, write_like
 from autounet_nb.plan import make_plan, sketch_fingerprint
-from autounet_nb.predict import predict, predict_case, segment
+from autounet_nb.ensemble import InferenceOptions
+from autounet_nb.predict import Predictor, predict, predict_case, segment
+from autounet_nb.prices import Price, PriceList, save_prices
 from autounet_nb.preprocess import preprocess_case
 from autounet_nb.resample import spline_operator
 from autounet_nb.restore import keep_largest, restore, restore_probabilities
@@ -59,12 +61,12 @@ def test_two_voices_are_the_mean_of_each(shape, patch, flat, axis, batch, seed):
     "Whatever the sizes of their windows: from top to bottom, held no longer than a window is deep, or what is seen at once"
     x = np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
     each = sliding_window(Random(), x, patch, 2, tta=False), sliding_window(Random(), x, flat, 2, axis, tta=False)
-    slabs = [s.copy() for s in probability_slabs([Voice(Random(), patch, None, False, .25), Voice(Random(), flat, axis, False, .75)], x, 2, batch=batch)]
+    slabs = [s.copy() for s in probability_slabs([Voice([Random()], patch, None, False, .25), Voice([Random()], flat, axis, False, .75)], x, 2, batch=batch)]
     assert np.allclose(np.concatenate(slabs, 1), .25 * each[0] + .75 * each[1], atol=1e-5)
     assert all(s.shape[1] > 0 for s in slabs)
 
 def test_little_of_a_long_scan_is_held():
-    slabs, strides = zip(*((s.shape[1], s.strides[0] // s.strides[1]) for s in probability_slabs([Voice(Threshold(), (8, 8, 8), tta=False)], np.ones((1, 200, 8, 8), np.float32), 2, batch=1)))
+    slabs, strides = zip(*((s.shape[1], s.strides[0] // s.strides[1]) for s in probability_slabs([Voice([Threshold()], (8, 8, 8), tta=False)], np.ones((1, 200, 8, 8), np.float32), 2, batch=1)))
     assert sum(slabs) == 200 and max(slabs) <= 8 and max(strides) == 8 # slices from class to class: those that are held
 
 @settings(max_examples=25, deadline=None)
@@ -143,3 +145,52 @@ def test_inputs_are_never_replaced_and_wrong_channels_refused(trained, tmp_path)
     with pytest.raises(DataError, match='another folder'): predict(trained/'work', tmp_path/'scans', tmp_path/'scans', model='2d', tta=False)
     assert {p: p.read_bytes() for p in (tmp_path/'scans').iterdir()} == before
     with pytest.raises(DataError, match='2 channels'): segment(trained/'work', np.zeros((2, 8, 16, 16)), (1, 1, 1), model='2d', tta=False)
+
+def test_many_predictions_leave_nothing_behind(trained):
+    "Neither memory nor open files nor threads"
+    predictor, me = Predictor(trained/'work', '3d', device='cpu'), psutil.Process()
+    scans = [(np.random.default_rng(i).normal(size=(16, 24, 24)), (1, 1, 1)) for i in range(3)]
+    held = lambda: (me.num_fds(), me.num_threads(), me.memory_info().rss)
+    seen = [held() for _ in predictor.each(scans[i % 3] for i in range(60))]
+    (files, threads, memory), (files_then, threads_then, memory_then) = seen[20], seen[-1]
+    assert files_then <= files and threads_then <= threads and memory_then - memory < 20e6
+
+def test_each_fold_is_asked_and_none_twice(trained, tmp_path):
+    "Folds of one model share the reading of a window, and a quick prediction may ask fewer of them"
+    shutil.copytree(trained/'work', tmp_path/'work')
+    folds = tmp_path/'work'/'models'/'3d'
+    if not (folds/'fold_1').exists(): shutil.copytree(folds/'fold_0', folds/'fold_1')
+    predictor, calls = Predictor(tmp_path/'work', '3d', [0, 1], 'cpu', InferenceOptions(tta=False)), []
+    for k, (net, _) in enumerate(predictor.ensemble.models): net.register_forward_hook(lambda *_, k=k: calls.append(k))
+    x = np.random.default_rng(0).normal(size=(16, 24, 24)).astype(np.float32)
+    predictor(x, (1, 1, 1))
+    assert calls.count(0) == calls.count(1) > 0
+    predictor.options = lambda voxels: InferenceOptions(tta=False, folds=1)
+    calls.clear(); predictor(x, (1, 1, 1))
+    assert set(calls) == {0}
+
+def test_the_next_scan_is_read_while_one_is_segmented(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained/'new'/'imagesTr', tmp_path/'scans')
+    predictor, reads = Predictor(trained/'work', '3d', device='cpu', options=InferenceOptions(tta=False)), []
+    load, segment_one = Predictor._load, Predictor._segment
+    monkeypatch.setattr(Predictor, '_load', lambda self, scan: reads.append(scan.id) or load(self, scan))
+    seen = []
+    def slow(self, loaded, path, probabilities):
+        loaded(); time.sleep(.5); seen.append(len(reads))
+        return segment_one(self, loaded, path, probabilities)
+    monkeypatch.setattr(Predictor, '_segment', slow)
+    paths = predictor.write(tmp_path/'scans', tmp_path/'out')
+    assert len(paths) > 1 and seen[0] == 2 # the second was read before the first was done
+
+def test_fast_is_chosen_from_what_was_measured(trained, tmp_path, autounet):
+    shutil.copytree(trained/'work', tmp_path/'work')
+    (tmp_path/'work'/'prices.json').unlink(missing_ok=True)
+    done = autounet('predict', tmp_path/'work', trained/'new'/'imagesTr', tmp_path/'a', '--model', '3d', '--fast')
+    assert 'no price list' in done.stdout and read_json(tmp_path/'a'/'predictions.json')['options'] == dict(tta=False, overlap=.25, coarse_to_fine=False, folds=None)
+    slow, quick = InferenceOptions(), InferenceOptions(coarse_to_fine=True)
+    save_prices(PriceList(['3d'], 4, 1e4, [Price(slow, 2., .8), Price(quick, .5, .799)]), tmp_path/'work')
+    done = autounet('predict', tmp_path/'work', trained/'new'/'imagesTr', tmp_path/'b', '--model', '3d', '--fast')
+    assert '4.0 times as fast' in done.stdout and read_json(tmp_path/'b'/'predictions.json')['options']['coarse_to_fine']
+    write_json(tmp_path/'work'/'prices.json', dict(models=['3d'], prices='none'))
+    done = autounet('predict', tmp_path/'work', trained/'new'/'imagesTr', tmp_path/'c', '--model', '3d', '--seconds', '2')
+    assert done.returncode == 1 and 'this is no price list' in done.stderr and not (tmp_path/'c').exists()
