@@ -27,12 +27,32 @@ class _InstanceNorm(nn.InstanceNorm3d):
         if x.device.type != 'cpu' or not x.is_contiguous(memory_format=channels_last(x.ndim - 2)): return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
         return torch.cat([F.batch_norm(sample, None, None, self.weight, self.bias, training=True, eps=self.eps) for sample in x.split(1)])
 
+# %% ../nbs/07_unet.ipynb #0d25a35a
+_SMALL = 20480 # values of one sample, the last axis left out, up to which PyTorch takes its slow routine
+
+class _Conv3d(nn.Conv3d):
+    "A convolution for which PyTorch takes its fast routine also with one small sample in single precision on a CPU"
+    def _slow(self, x):
+        single = x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+        return single and len(x) == 1 and math.prod(x.shape[1:4]) <= _SMALL and max(self.kernel_size) > 1 and max(self.stride) == 1
+
+    def forward(self, x):
+        if not self._slow(x): return super().forward(x)
+        axis = max((2, 3, 4), key=lambda a: x.shape[a])
+        n, reach, padding = x.shape[axis], self.padding[axis - 2], list(self.padding)
+        half, padding[axis - 2] = -(-n // 2), 0
+        x = F.pad(x, [reach if a == axis else 0 for a in (4, 3, 2) for _ in range(2)])
+        ends = torch.cat([x.narrow(axis, start, half + 2 * reach) for start in (0, n - half)])
+        y = F.conv3d(ends.contiguous(memory_format=torch.channels_last_3d), self.weight, self.bias, padding=padding)
+        both = [y[:1], y[1:].narrow(axis, 2 * half - n, n - half)]
+        return torch.cat(both, axis).contiguous(memory_format=torch.channels_last_3d)
+
 # %% ../nbs/07_unet.ipynb #a4ff3911
 SLOPE = 1e-2 # of the leaky ReLU for negative values (Method, Network architectures)
 
 def _layer(name, dim):
-    "The torch class of that name for 2D or 3D, such as Conv3d"
-    return getattr(nn, f'{name}{dim}d')
+    "The class of that name for 2D or 3D, such as Conv3d"
+    return _Conv3d if (name, dim) == ('Conv', 3) else getattr(nn, f'{name}{dim}d')
 
 class ConvBlock(nn.Module):
     "Two convolutions, each followed by instance norm and leaky ReLU (Method, Network architectures)"
