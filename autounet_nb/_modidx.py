@@ -1161,6 +1161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'autounet_nb.windows._bell': ('windows.html#_bell', 'autounet_nb/windows.py'),
                                      'autounet_nb.windows._below': ('windows.html#_below', 'autounet_nb/windows.py'),
                                      'autounet_nb.windows._groups': ('windows.html#_groups', 'autounet_nb/windows.py'),
+                                     'autounet_nb.windows._images': ('windows.html#_images', 'autounet_nb/windows.py'),
                                      'autounet_nb.windows._mirrored': ('windows.html#_mirrored', 'autounet_nb/windows.py'),
                                      'autounet_nb.windows._softmax': ('windows.html#_softmax', 'autounet_nb/windows.py'),
                                      'autounet_nb.windows._starts': ('windows.html#_starts', 'autounet_nb/windows.py'),

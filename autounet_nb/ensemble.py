@@ -35,12 +35,14 @@ class InferenceOptions:
     tta: bool = True # average over mirror images, for networks that were trained with them
     overlap: float = .5 # share of a window that its neighbour sees, too
     coarse_to_fine: bool = False # look closely only where a look at half the resolution finds something
+    mirrors: int = None # mirror images that are averaged with the window itself; None: all
     folds: int = None # of each model that are averaged; None: all
 
-def _voices(x, models, classes, tta, first):
+def _voices(x, models, classes, options, first):
     "The networks of `models`, together where they look through the same windows"
     groups, names = {}, [c.name for _, c in models]
-    for net, c in models: groups.setdefault((c.name, tuple(c.patch), c.slice_axis if c.dim == 2 else None, tta and getattr(net, 'mirrored', True)), []).append(net)
+    tta = options.tta if options.mirrors is None else options.tta and options.mirrors
+    for net, c in models: groups.setdefault((c.name, tuple(c.patch), c.slice_axis if c.dim == 2 else None, getattr(net, 'mirrored', True) and tta), []).append(net)
     for (name, patch, slice_axis, mirror), nets in groups.items():
         share = len(nets) / (names.count(name) * len(set(names)))
         yield Voice(nets, patch, slice_axis, mirror, share, _with_first(x, first, classes) if name == '3d_cascade' else None)
@@ -55,7 +57,7 @@ def mean_softmax(
     "Class probabilities of a scan, averaged over models; each model counts the same"
     if options.folds: models = first_folds(models, options.folds)
     where = possible_foreground(x, models, classes, first) if options.coarse_to_fine else None
-    return probability_slabs(_voices(x, models, classes, options.tta, first), x, classes, options.overlap, where=where)
+    return probability_slabs(_voices(x, models, classes, options, first), x, classes, options.overlap, where=where)
 
 def first_folds(
     models, # list of (network, ModelConfig)

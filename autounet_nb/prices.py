@@ -27,7 +27,8 @@ def offers(
     mirrored, # whether the networks know mirror images
 ) -> list: # of `InferenceOptions`, the paper's first
     "The ways to look at a scan that are compared"
-    return [InferenceOptions(tta, overlap, coarse) for tta, overlap, coarse in product([True, False] if mirrored else [True], [.5, .25], [False, True])]
+    mirrors = [(True, None), (True, 1), (False, None)] if mirrored else [(True, None)]
+    return [InferenceOptions(tta, overlap, coarse, n) for (tta, n), (overlap, coarse) in product(mirrors, [(.5, False), (.25, False), (.25, True)])]
 
 def count_looks(
     options, # `InferenceOptions`
@@ -39,6 +40,7 @@ def count_looks(
     for net, c in models:
         size = window_size(c.patch, c.slice_axis if c.dim == 2 else None)
         copies = 2 ** sum(n > 1 for n in size) if options.tta and getattr(net, 'mirrored', True) else 1
+        if options.mirrors is not None: copies = min(copies, 1 + options.mirrors)
         res += copies * count_windows(shape, size, options.overlap)
     return res
 
@@ -92,7 +94,7 @@ class PriceList:
         named = {'the paper': self.prices[0].options, '--best': self.best(), '--fast': self.fast()}
         for p in self.prices:
             o, names = p.options, [n for n, o in named.items() if o == p.options]
-            yield ['yes' if o.tta else 'no', f'{o.overlap:g}', 'yes' if o.coarse_to_fine else 'no', f'{p.seconds:.2f}', f'{p.dice:.3f}', ', '.join(names)]
+            yield ['no' if not o.tta else 'all' if o.mirrors is None else f'{o.mirrors}', f'{o.overlap:g}', 'yes' if o.coarse_to_fine else 'no', f'{p.seconds:.2f}', f'{p.dice:.3f}', ', '.join(names)]
 
     def __repr__(self):
         rows = list(self.rows())
@@ -122,7 +124,7 @@ def load_prices(
         d = read_json(path)
         if d['models'] != list(models): return None
         number = lambda v, least, most: float(v) if isinstance(v, (int, float)) and least <= v <= most else math.nan
-        rows = [Price(InferenceOptions(bool(r['tta']), number(r['overlap'], 0, .9), bool(r['coarse_to_fine'])), number(r['seconds'], 0, 1e9), number(r['dice'], 0, 1)) for r in d['prices']]
+        rows = [Price(InferenceOptions(bool(r['tta']), number(r['overlap'], 0, .9), bool(r['coarse_to_fine']), None if r['mirrors'] is None else int(number(r['mirrors'], 0, 7))), number(r['seconds'], 0, 1e9), number(r['dice'], 0, 1)) for r in d['prices']]
         res = PriceList(d['models'], int(d['scans']), number(d['voxels'], 1, 1e15), rows)
         if not rows or math.isnan(res.voxels + sum(p.seconds + p.dice + p.options.overlap for p in rows)): raise ValueError('a number is missing or out of range')
     except (KeyError, TypeError, ValueError, AttributeError) as e: raise DataError(f'{path}: this is no price list ({type(e).__name__}: {e}). Delete it, and `autounet run` measures a new one.') from None
@@ -199,5 +201,6 @@ def chosen_options(
     if quality not in ('fast', 'best'): return prices.within(quality, len(folds or trained_folds(work)[names[0]])), f'At most about {quality:g} seconds per scan, as measured on {prices.scans} validation scans.'
     options = prices.fast() if quality == 'fast' else prices.best()
     p = next(p for p in prices.prices if p.options == options)
-    return options, (f'{"mirror images" if options.tta and len(prices.prices) > 4 else "no mirror images"}, overlap {options.overlap:g}{", a coarse look first" if options.coarse_to_fine else ""}: '
+    mirrors = 'no' if not options.tta or len(prices.prices) <= 3 else 'all' if options.mirrors is None else options.mirrors
+    return options, (f'Mirror images: {mirrors}, overlap {options.overlap:g}{", a coarse look first" if options.coarse_to_fine else ""}: '
                      f'on {prices.scans} validation scans {paper.seconds / p.seconds:.1f} times as fast as the default, Dice {p.dice:.3f} instead of {paper.dice:.3f}.')

@@ -95,11 +95,16 @@ def _softmax(net, x, slice_axis):
     p = logits.float().softmax(1)
     return p if slice_axis is None else p.unsqueeze(2 + slice_axis)
 
+def _images(x, tta):
+    "The axes along which each image of a window is mirrored: first none, then all of them"
+    axes = tuple(a for a in (2, 3, 4) if x.shape[a] > 1)
+    if not axes or tta is False: return [()]
+    between = [c for n in range(1, len(axes)) for c in combinations(axes, n)]
+    return [(), axes, *between][:None if tta is True else 1 + tta]
+
 def _mirrored(nets, x, slice_axis, tta):
-    "The same, averaged over all networks and all mirror images"
-    axes = [a for a in (2, 3, 4) if x.shape[a] > 1] if tta else []
-    copies = [c for n in range(len(axes) + 1) for c in combinations(axes, n)]
-    total = None
+    "The same, averaged over all networks and the mirror images"
+    copies, total = _images(x, tta), None
     for c, net in product(copies, nets):
         p = _softmax(net, x.flip(c) if c else x, slice_axis)
         total = p if total is None else total.add_(p.flip(c) if c else p)
@@ -113,7 +118,7 @@ class Voice(NamedTuple):
     nets: list # in `eval` mode: (b,c,*patch) → logits (b,k,*patch)
     patch: tuple # voxels of a window: 3 numbers, or 2 for a 2D network
     slice_axis: int = None # axis along which a 2D network sees slices
-    tta: bool = True # average over mirror images (Inference)
+    tta: object = True # average over mirror images (Inference): all, none (False), or so many
     share: float = 1. # weight of their mean in the sum of all voices
     read: object = None # (first voxel, size) → (c,*size), where the network sees more than the scan
 

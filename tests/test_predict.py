@@ -186,7 +186,7 @@ def test_fast_is_chosen_from_what_was_measured(trained, tmp_path, autounet):
     shutil.copytree(trained/'work', tmp_path/'work')
     (tmp_path/'work'/'prices.json').unlink(missing_ok=True)
     done = autounet('predict', tmp_path/'work', trained/'new'/'imagesTr', tmp_path/'a', '--model', '3d', '--fast')
-    assert 'no price list' in done.stdout and read_json(tmp_path/'a'/'predictions.json')['options'] == dict(tta=False, overlap=.25, coarse_to_fine=False, folds=None)
+    assert 'no price list' in done.stdout and read_json(tmp_path/'a'/'predictions.json')['options'] == dict(tta=False, overlap=.25, coarse_to_fine=False, mirrors=None, folds=None)
     slow, quick = InferenceOptions(), InferenceOptions(coarse_to_fine=True)
     save_prices(PriceList(['3d'], 4, 1e4, [Price(slow, 2., .8), Price(quick, .5, .799)]), tmp_path/'work')
     done = autounet('predict', tmp_path/'work', trained/'new'/'imagesTr', tmp_path/'b', '--model', '3d', '--fast')
