@@ -889,6 +889,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'autounet_nb.resample.resampled_shape': ('resample.html#resampled_shape', 'autounet_nb/resample.py'),
                                       'autounet_nb.resample.spline_operator': ('resample.html#spline_operator', 'autounet_nb/resample.py')},
             'autounet_nb.restore': { 'autounet_nb.restore._best': ('restore.html#_best', 'autounet_nb/restore.py'),
+                                     'autounet_nb.restore._changes': ('restore.html#_changes', 'autounet_nb/restore.py'),
                                      'autounet_nb.restore._enlarge': ('restore.html#_enlarge', 'autounet_nb/restore.py'),
                                      'autounet_nb.restore._few': ('restore.html#_few', 'autounet_nb/restore.py'),
                                      'autounet_nb.restore._in_plane': ('restore.html#_in_plane', 'autounet_nb/restore.py'),

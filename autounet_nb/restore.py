@@ -15,12 +15,18 @@ from .data import *
 from .resample import *
 
 # %% ../nbs/11c_restore.ipynb #e31f8c17
+def _changes(a):
+    "Whether a matrix does anything: along an axis whose voxels stay as they are it does not"
+    return a.shape[0] != a.shape[1] or not np.array_equal(a, np.eye(len(a)))
+
 def _enlarge(
     p, # (z,y,x) of one class
     az, ay, ax, # matrices (native, coarse), one per axis
 ):
     "Linear interpolation of a block"
-    return np.matmul(ay, np.tensordot(az, p, 1)) @ ax.T
+    if _changes(az): p = np.tensordot(az, p, 1)
+    if _changes(ay): p = np.matmul(ay, p)
+    return p @ ax.T if _changes(ax) else p
 
 def _span(flags):
     "The slice from the first to the last true one"
