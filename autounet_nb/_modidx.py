@@ -95,6 +95,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'autounet_nb.budget.Ledger.spent': ('budget.html#ledger.spent', 'autounet_nb/budget.py'),
                                     'autounet_nb.budget._judge_racer': ('budget.html#_judge_racer', 'autounet_nb/budget.py'),
                                     'autounet_nb.budget._measure': ('budget.html#_measure', 'autounet_nb/budget.py'),
+                                    'autounet_nb.budget._nothing_yet': ('budget.html#_nothing_yet', 'autounet_nb/budget.py'),
                                     'autounet_nb.budget._seconds_each': ('budget.html#_seconds_each', 'autounet_nb/budget.py'),
                                     'autounet_nb.budget._short': ('budget.html#_short', 'autounet_nb/budget.py'),
                                     'autounet_nb.budget._too_slow': ('budget.html#_too_slow', 'autounet_nb/budget.py'),
