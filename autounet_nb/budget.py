@@ -98,16 +98,17 @@ def _judge_racer(work, dataset, model, fold, ids, ledger):
     ledger.note(model, scan=(time.monotonic() - began) / len(ids), dice=mean)
     return mean
 
+def _is_slow(model, ledger): return ledger.racers[model]['scan'] > SLOW_SCAN * ledger.left() # whether it needs too long for one scan
+
 def _too_slow(models, ledger):
     "Racers that need too long for one scan, unless all do"
-    slow = [m for m in models if ledger.racers[m]['scan'] > SLOW_SCAN * ledger.left()]
+    slow = [m for m in models if _is_slow(m, ledger)]
     if len(slow) == len(models): slow.remove(min(models, key=lambda m: ledger.racers[m]['scan']))
     return slow
 
 def _nothing_yet(work, dataset, model, fold, id, ledger):
     "Whether the first racer made so few steps that it has learnt nothing: the others would not have, either"
-    r = ledger.racers[model]
-    if r['steps'] >= RACE_STEPS or r['scan'] > SLOW_SCAN * ledger.left(): return False
+    if ledger.racers[model]['steps'] >= RACE_STEPS or _is_slow(model, ledger): return False
     return _judge_racer(work, dataset, model, fold, [id], ledger) < LEARNT
 
 def race(

@@ -9,7 +9,6 @@ __all__ = ['ROOMY', 'native_labels', 'predict_case', 'Predictor', 'predict', 'se
 # %% ../nbs/12_predict.ipynb #c93af216
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 import os, sys
@@ -240,7 +239,6 @@ def predict(
     "Segment scans; returns the files written, each on the grid of its scan"
     return Predictor(work, model, folds, device, options or InferenceOptions(tta), largest).write(scans, out, probabilities, suffix)
 
-
 # %% ../nbs/12_predict.ipynb #31c73420
 def segment(
     work, # work folder with trained models
@@ -254,4 +252,3 @@ def segment(
 ):
     "Label values (z,y,x) of an array"
     return Predictor(work, model, folds, device, InferenceOptions(tta), largest)(image, spacing)
-

@@ -36,13 +36,8 @@ def count_looks(
     shape, # voxels of a scan at the spacing of the models, (z,y,x)
 ) -> int:
     "Windows that the networks see at most, mirror images included"
-    res = 0
-    for net, c in models:
-        size = window_size(c.patch, c.slice_axis if c.dim == 2 else None)
-        copies = 2 ** sum(n > 1 for n in size) if options.tta and getattr(net, 'mirrored', True) else 1
-        if options.mirrors is not None: copies = min(copies, 1 + options.mirrors)
-        res += copies * count_windows(shape, size, options.overlap)
-    return res
+    images = lambda net, c: len(mirror_axes(scan_window(c), options.mirror_images(net)))
+    return sum(images(net, c) * count_windows(shape, scan_window(c), options.overlap) for net, c in models)
 
 # %% ../nbs/14ca_prices.ipynb #a1c051f8
 LOSS = .005 # Dice that a fast prediction may lose
@@ -176,8 +171,7 @@ def measure_prices(
             shape = resampled_shape(scan.image.shape[1:], scan.geometry.spacing, nets[0][1].spacing)
             if seconds is not None: cases[_affordable(tried, nets, shape, cheapest, seconds - (time.monotonic() - began)):] = []
             if not cases: return None
-        found.append([_look(predictor, o, scan) for o in tried])
-        for i, (s, d, v) in enumerate(found[-1]): found[-1][i] = s + reading, d, v
+        found.append([(s + reading, d, v) for s, d, v in (_look(predictor, o, scan) for o in tried)])
     mean = lambda values: float(np.mean([v for v in values if v is not None] or [0.]))
     prices = [Price(o, mean(s for s, *_ in looks), mean(d for _, d, _ in looks)) for o, looks in zip(tried, zip(*found))]
     res = PriceList(list(models), len(found), mean(v for looks in found for *_, v in looks), prices)

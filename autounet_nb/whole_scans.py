@@ -63,8 +63,7 @@ def forward_seconds(
     overlap=.5, # share of a window that its neighbour sees, too
 ) -> float:
     "About how long a network takes for a whole scan, without mirroring"
-    size = window_size(config.patch, config.slice_axis if config.dim == 2 else None)
-    return count_windows(shape, size, overlap) * FORWARD_SHARE * step / config.batch
+    return count_windows(shape, scan_window(config), overlap) * FORWARD_SHARE * step / config.batch
 
 class WholeScan(Callback):
     "Segments a whole validation scan now and then, and tells the journal its Dice"
