@@ -92,8 +92,7 @@ class Board:
 
     def __repr__(self):
         rows = [('model', 'fold', 'state', ''), *((t.model, str(t.fold), t.state, t.said) for t in self.trainings)]
-        width = [max(map(len, c)) for c in zip(*rows)][:3]
-        return '\n'.join(['  '.join([*(v.ljust(w) for v, w in zip(r, width)), r[3]]).rstrip() for r in rows] + [self.counts()])
+        return '\n'.join([*aligned(rows), self.counts()])
 
     def _repr_html_(self):
         at = {(t.model, t.fold): t for t in self.trainings}

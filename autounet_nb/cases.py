@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANYTHING', 'FLAG', 'TEXT', 'write_json', 'read_json', 'Kind', 'whole_number', 'real_number', 'one_of', 'shown',
-           'flaw', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress', 'pmap']
+           'flaw', 'aligned', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress', 'pmap']
 
 # %% ../nbs/00_cases.ipynb #df9d4d42
 import json, math, os, re, reprlib, sys, threading, time
@@ -93,6 +93,14 @@ def flaw(
     elif odd := sorted(set(form) ^ set(value)): return f'{at or "it"} {"lacks" if odd[0] in form else "has an unknown"} {shown(odd[0])}'
     else: parts = ((f'{at}.{k}' if at else k, value[k], o) for k, o in form.items())
     return next((why for name, v, o in parts if (why := flaw(v, o, name))), None)
+
+# %% ../nbs/00_cases.ipynb #72a25b16
+def aligned(
+    rows, # of texts, all of the same length
+) -> list: # of lines
+    "Rows of words as lines with straight columns"
+    width = [max(map(len, c)) for c in zip(*rows)]
+    return ['  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in rows]
 
 # %% ../nbs/00_cases.ipynb #e746a894
 @dataclass(frozen=True)

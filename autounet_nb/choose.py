@@ -115,8 +115,7 @@ class Choice:
         for r in self.table: yield ['+'.join(r['models']), _show(r['dice']), *map(_show, r['classes'].values())]
 
     def __repr__(self):
-        rows = list(self._rows()); width = [max(map(len, c)) for c in zip(*rows)]
-        return '\n'.join(['  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in rows] + self._said())
+        return '\n'.join(aligned(list(self._rows())) + self._said())
 
     def _repr_html_(self):
         head, *rows = self._rows(); line = lambda r, t: '<tr>' + ''.join(f'<{t}>{escape(v)}</{t}>' for v in r) + '</tr>'

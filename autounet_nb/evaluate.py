@@ -165,9 +165,10 @@ class Scores:
 
     def __repr__(self):
         rows, mean, more = self._rows()
-        text, rule = _aligned([['Dice', *self.names, 'mean'], *([r[0], *map(_show, r[1:])] for r in (*rows, mean))])
+        text = aligned([['Dice', *self.names, 'mean'], *([r[0], *map(_show, r[1:])] for r in (*rows, mean))])
+        rule = '-'*max(map(len, text))
         if more: text.insert(-1, f'… and {more} better ones')
-        others = ['', *_aligned(o)[0]] if (o := self._others()) else []
+        others = ['', *aligned(o)] if (o := self._others()) else []
         return '\n'.join(self._warned() + text[:-1] + [rule, text[-1]] + others + self._said())
 
     def _repr_html_(self):
@@ -180,11 +181,6 @@ class Scores:
         others = ''.join('<tr>' + ''.join(f'<{t}>{escape(v)}</{t}>' for v in r) + '</tr>' for r, t in zip(self._others(), ('th', *['td']*len(self.names))))
         table = f'<table>{head}{"".join(map(line, rows))}{rest}{line(mean, "th")}</table>' + (f'<table>{others}</table>' if others else '')
         return warned + table + ''.join(f'<p>{escape(s)}</p>' for s in self._said())
-
-def _aligned(rows):
-    "Rows of words as lines with straight columns, and a rule as long as they are"
-    width = [max(map(len, c)) for c in zip(*rows)]
-    return ['  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in rows], '-'*sum(width, 2*len(width) - 2)
 
 # %% ../nbs/13_evaluate.ipynb #7c7b55d7
 def _names(

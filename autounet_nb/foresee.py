@@ -77,16 +77,17 @@ class Forecast:
         if self.prediction > self.memory: too.append(f'segmenting the largest case needs about {bytes_text(self.prediction)}')
         return [f'{t}, and {bytes_text(self.memory)} are free' for t in too]
 
+    def _said(self): return [s for s in (self.total(), *self.problems()) if s]
+
     def _rows(self):
         for k, s in self.stages.items(): yield f'preprocess {k}', f'{s["workers"]} process{"es" * (s["workers"] > 1)} of {bytes_text(s["memory"])}', f'{bytes_text(s["disk"])} on disk'
         for k, m in self.models.items(): yield f'train {k}', f'{bytes_text(m["memory"])}', f'{m["step"]:.2g} s a step, {_time(m["epoch"])} an epoch of {EPOCH} steps'
         yield 'predict', bytes_text(self.prediction), 'for the largest case'
 
     def __repr__(self):
-        rows = list(self._rows()); width = [max(map(len, c)) for c in zip(*rows)]
-        return '\n'.join(['  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in rows] + [s for s in (self.total(), *self.problems()) if s])
+        return '\n'.join(aligned(list(self._rows())) + self._said())
     def _repr_markdown_(self):
-        return '\n'.join(['| | memory | |', '| --- | --- | --- |'] + [f'| {" | ".join(r)} |' for r in self._rows()] + [''] + [s for s in (self.total(), *self.problems()) if s])
+        return '\n'.join(['| | memory | |', '| --- | --- | --- |'] + [f'| {" | ".join(r)} |' for r in self._rows()] + [''] + self._said())
 
 EPOCH = 250 # steps of an epoch (Training Procedure)
 EPOCHS = 120, 1000 # of a training: its learning rate falls four times, each time after 30 epochs or more; and no more than the second

@@ -166,9 +166,7 @@ def _value(self:Plan, key):
 
 @patch
 def __repr__(self:Plan):
-    rows = _table(self.models); width = [max(map(len, col)) for col in zip(*rows)]
-    lines = ['  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in rows]
-    return '\n'.join([f'Plan for {self.name} on {self.hardware}', *lines] + [_edited(self.edits)] * bool(self.edits))
+    return '\n'.join([f'Plan for {self.name} on {self.hardware}', *aligned(_table(self.models))] + [_edited(self.edits)] * bool(self.edits))
 
 @patch
 def _repr_markdown_(self:Plan):

@@ -91,10 +91,7 @@ class PriceList:
             o, names = p.options, [n for n, o in named.items() if o == p.options]
             yield ['no' if not o.tta else 'all' if o.mirrors is None else f'{o.mirrors}', f'{o.overlap:g}', 'yes' if o.coarse_to_fine else 'no', f'{p.seconds:.2f}', f'{p.dice:.3f}', ', '.join(names)]
 
-    def __repr__(self):
-        rows = list(self.rows())
-        width = [max(map(len, c)) for c in zip(*rows)]
-        return '\n'.join('  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in rows)
+    def __repr__(self): return '\n'.join(aligned(list(self.rows())))
 
 # %% ../nbs/14ca_prices.ipynb #d42b7f51
 FILE = 'prices.json' # in the work folder

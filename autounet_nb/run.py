@@ -256,8 +256,7 @@ def score_table(
     show = lambda v: '  –  ' if v is None else f'{v:.3f}'
     head = ['model', 'fold', 'Dice', *rows[0]['classes'], 'minutes']
     body = [[r['model'], str(r['fold']), show(r['dice']), *map(show, r['classes'].values()), f'{r["seconds"] / 60:.1f}'] for r in rows]
-    width = [max(map(len, c)) for c in zip(head, *body)]
-    return '\n'.join('  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in (head, *body))
+    return '\n'.join(aligned([head, *body]))
 
 # %% ../nbs/14g_run.ipynb #2f6063ac
 def spend(
