@@ -102,7 +102,7 @@ def _wait_for_another(work, model, fold):
         if not said: print('Another process trains this fold: waiting for it to end.', flush=True); said = True
         time.sleep(1)
 
-def _on_worker(train, work, model, fold, minutes, threads, first):
+def _on_worker(train, work, model, fold, threads, first):
     "One training on a worker: its row, or the exception; None if the first stage that it needs has failed"
     if any(isinstance(o, Exception) for o in first): return None
     try:
@@ -112,7 +112,7 @@ def _on_worker(train, work, model, fold, minutes, threads, first):
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, 'a', buffering=1, encoding='utf-8') as f, redirect_stdout(f), redirect_stderr(f):
             _wait_for_another(work, model, fold)
-            return train(model, fold, minutes=minutes)
+            return train(model, fold)
     except Exception as e: return e
 
 def _between(stage, work, first):
@@ -134,16 +134,14 @@ def run_jobs(
     client, # Dask `Client`
     work, # work folder that all workers see
     jobs, # of (model, fold), as `trainings` gives them
-    train, # function of model, fold and `minutes`, that returns a row
-    minutes=None, # (model, fold) → minutes of that training
+    train, # function of model and fold that returns a row
     device='cpu', # for 'cuda' each training is given a worker with a GPU
     between=first_stage, # of the work folder, done once between the two stages of a cascade
 ):
     "Have the workers do all trainings; yields ((model, fold), row or exception) as they finish. Those whose first stage failed are left out"
     dd, work, need = _dask(), Path(work).absolute(), {'GPU': 1} if device.startswith('cuda') else None
     def submit(job, first=()):
-        share = None if minutes is None else minutes[job]
-        return client.submit(_on_worker, train, work, *job, share, torch.get_num_threads(), first, key=f'training-{job[0]}-{job[1]}-{uuid.uuid4().hex}', resources=need)
+        return client.submit(_on_worker, train, work, *job, torch.get_num_threads(), first, key=f'training-{job[0]}-{job[1]}-{uuid.uuid4().hex}', resources=need)
     waiting = {submit(j): j for j in jobs if j[0] != '3d_cascade'}
     if second := [j for j in jobs if j[0] == '3d_cascade']:
         masks = client.submit(_between, between, work, [f for f, (m, _) in waiting.items() if m == '3d_lowres'], pure=False)

@@ -139,10 +139,20 @@ def _look(predictor, options, scan):
     mask = predictor(scan.image, scan.geometry.spacing)
     return time.monotonic() - began, mean_of_classes(dice_of_classes(mask, scan.label, scan.geometry.spacing, predictor.ensemble.plan)), sizes[0]
 
-def _affordable(tried, models, shape, cheapest, seconds):
-    "How many scans can be measured in so many seconds, where the last of the ways that are tried took `cheapest`"
+def _looks(predictor, tried, case):
+    "The same for every way that is tried; reading the scan counts"
+    began = time.monotonic()
+    scan = read_case(case)
+    reading = time.monotonic() - began
+    return [(reading + seconds, dice, voxels) for seconds, dice, voxels in (_look(predictor, o, scan) for o in tried)]
+
+def _affordable(predictor, tried, case, until):
+    "How many scans can be measured until a time (`time.monotonic`), judged by one quick look, which also takes what the first one of a process takes longer"
+    scan, models = read_case(case), predictor.ensemble.models
+    shape = resampled_shape(scan.image.shape[1:], scan.geometry.spacing, models[0][1].spacing)
     looks = [count_looks(o, models, shape) for o in tried]
-    return max(0, int(seconds / (cheapest * sum(looks) / looks[-1])))
+    seconds, *_ = _look(predictor, tried[-2], scan)
+    return int(max(0, min(PRICED_SCANS, (until - time.monotonic()) / (seconds * sum(looks) / looks[-2]))))
 
 def measure_prices(
     work, # work folder with trained and judged models
@@ -156,19 +166,15 @@ def measure_prices(
     cases = _priced_cases(work, models)
     key = [[k, i, *((fold_folder(work, m, k)/'weights.safetensors').stat().st_mtime_ns for m in models)] for k, i in cases]
     if (work/FILE).exists() and isinstance(old := read_json(work/FILE), dict) and old.get('key') == key and old.get('models') == list(models): return load_prices(work, models)
-    predictors, found = {}, []
-    for n, (fold, id) in enumerate(cases): # the list becomes shorter once it is known how long a scan takes
-        if fold not in predictors: predictors[fold] = Predictor(work, '+'.join(models), [fold], device)
-        predictor, started = predictors[fold], time.monotonic()
-        scan = read_case(dataset[id])
-        reading = time.monotonic() - started
-        tried, nets = offers(predictor.ensemble.mirrored), predictor.ensemble.models
-        if not n:
-            cheapest, *_ = _look(predictor, tried[-2], scan) # the first prediction of a process takes longer, and is not counted
-            shape = resampled_shape(scan.image.shape[1:], scan.geometry.spacing, nets[0][1].spacing)
-            if seconds is not None: cases[_affordable(tried, nets, shape, cheapest, seconds - (time.monotonic() - began)):] = []
-            if not cases: return None
-        found.append([(s + reading, d, v) for s, d, v in (_look(predictor, o, scan) for o in tried)])
+    if not cases: return None
+    load = lambda fold: Predictor(work, '+'.join(models), [fold], device)
+    (fold, id), until = cases[0], math.inf if seconds is None else began + seconds
+    first = load(fold)
+    tried = offers(first.ensemble.mirrored)
+    cases = cases[:_affordable(first, tried, dataset[id], until)]
+    if not cases: return None
+    predictors = {fold: load(fold) for fold in {fold for fold, _ in cases}}
+    found = [_looks(predictors[fold], tried, dataset[id]) for fold, id in cases]
     mean = lambda values: float(np.mean([v for v in values if v is not None] or [0.]))
     prices = [Price(o, mean(s for s, *_ in looks), mean(d for _, d, _ in looks)) for o, looks in zip(tried, zip(*found))]
     res = PriceList(list(models), len(found), mean(v for looks in found for *_, v in looks), prices)

@@ -15,13 +15,14 @@ MOST = .9 # of this machine's memory; a process that takes more is ended, and th
 
 def works():
     "name → title, goal, cases, rounds, what has to be there first"
-    from inputs import BUDGET, LOGITS, PATCHES, PEER_BUDGET, PEER_TIMES, RESAMPLE, TIMES
+    from inputs import BUDGET, LOADS, LOGITS, PATCHES, PEER_BUDGET, PEER_TIMES, RESAMPLE, TIMES
     return dict(
         resample=('third-order resampling of a CT', '≥ 15×', list(RESAMPLE), 3, [ct]),
         prepare=('check, fingerprint, plan, preprocess in 2D and 3D', '≥ 6×', ['hippocampus', 'openkbp'], 3, [datasets]),
         logits=('logits to labels on the grid of the scan', '≥ 5×, ≤ 1/4 of the memory', list(LOGITS), 3, [make_logits]),
         augment=('augmentation of a million voxels on one core, each its own set', '≥ 4×', list(PATCHES), 3, []),
         step=('training step, loading and augmentation included', '≥ 1.5×', ['hippocampus'], 3, [datasets, prepared]),
+        load=('training step beside other programs that compute', 'growth ≤ 1.3× the fair share', list(LOADS), 1, [datasets, prepared]),
         predict=('prediction with mirroring, file to file', '≥ 2.5×', ['hippocampus'], 3, [datasets, prepared, networks]),
         large=('CT of 600×512×512, 20 classes, file to file', '≤ 5 GB', ['large'], 1, [large_scan]),
         fast=('the default prediction against --fast', '≥ 3× at a loss of ≤ 0.005 Dice', ['hippocampus', 'large'], 1, [datasets, own_network, large_scan]),

@@ -1,5 +1,6 @@
 "What both sides work on: sizes, and arrays that are made once. Nothing but NumPy and SciPy, so that both can import it."
-import re, time
+import os, re, subprocess, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 
@@ -23,10 +24,24 @@ BUDGET_SETS = { # folder of the data, cases that take no part
     'hippocampus': ('Task04_Hippocampus', 40), 'openkbp': ('Dataset101_OpenKBP', 8), 'oasis': ('oasis_brains', 2),
     'nuclei': ('nuclei2d', 10), 'sarcoma_mr': ('sarcoma_mr', 1), 'sarcoma_ct': ('sarcoma_ct', 1)}
 BUDGET_MINUTES = 2, 5, 10, 30
+PEER_MIRRORED = 'hippocampus', 'oasis' # sets that nnU-Net segments with mirror images; OpenKBP takes it 5 minutes a case so
 BUDGET = {f'{name}_{m}': (name, m) for m in BUDGET_MINUTES for name in BUDGET_SETS}
 PEER_BUDGET = {f'{name}_{m}_{configuration}': (name, m, configuration) # both configurations at 5 minutes, the better one at the others
     for name, better, other in (('hippocampus', '3d_fullres', '2d'), ('openkbp', '3d_fullres', '2d'), ('oasis', '3d_fullres', '2d'))
     for m, configuration in ((5, better), (5, other), (2, better), (10, better), (30, better))}
+
+LOADS = {'alone': 0, 'beside_1': 1, 'beside_2': 2} # other programs that compute
+
+@contextmanager
+def busy_beside(n):
+    "So many other programs that compute all the time, each with one thread"
+    multiply = 'import numpy as np; a = np.random.rand(500, 500)\nwhile True: a @ a'
+    others = [subprocess.Popen([sys.executable, '-c', multiply], env=os.environ | dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')) for _ in range(n)]
+    try:
+        time.sleep(2 * (n > 0)) # until they have begun
+        yield
+    finally:
+        for p in others: p.kill(); p.wait()
 
 def seconds_of(f):
     "How long a call takes, and what it returns"

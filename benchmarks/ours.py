@@ -5,7 +5,7 @@ FOLDER holds the inputs, see inputs.py. Each function is one work and has its co
 import json, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np
-from inputs import BUDGET, LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, memory_of, patch_batches, seconds_of
+from inputs import BUDGET, LOADS, LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, busy_beside, memory_of, patch_batches, seconds_of
 
 def resample(case, folder):
     from autounet_nb.resample import resample
@@ -48,7 +48,7 @@ def augment(case, folder):
     seconds = time.perf_counter() - start
     return dict(seconds=seconds / n / batches[0][0].numel() * 1e6, voxels_per_second=n * batches[0][0].numel() / seconds)
 
-def _learner(folder, steps, cbs=()):
+def _learner(folder, cbs=(), **budget):
     from dataclasses import replace
     from autounet_nb.augment import Augment
     from autounet_nb.data import read_json
@@ -61,26 +61,34 @@ def _learner(folder, steps, cbs=()):
     split = read_json(folder/'splits.json')[0]
     train, valid = (prepared_cases(work, config, split[k]) for k in ('train', 'valid'))
     dls = patch_dls(train, valid, config)
-    return get_learner(dls, config, schedule=Budget(steps=steps), augment=False, cbs=[Augment(3), *cbs]), config
+    return get_learner(dls, config, schedule=Budget(**budget), augment=False, cbs=[Augment(3), *cbs]), config
 
-def step(case, folder):
+def _step_seconds(folder, skipped, timed, **budget):
+    "Mean seconds of some training steps after others that are not timed"
     from fastai.callback.core import Callback, CancelFitException
     class Clock(Callback):
         "Notes when each step ends, and stops before validation"
         def before_fit(self): self.at = []
         def after_batch(self):
             self.at.append(time.perf_counter())
-            if len(self.at) == 60: raise CancelFitException()
-    learn, config = _learner(folder, 10**6, [Clock()])
+            if len(self.at) == skipped + timed: raise CancelFitException()
+    learn, _ = _learner(folder, [Clock()], **budget)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    each = np.diff(learn.clock.at[10:])
-    return dict(seconds=float(np.mean(each)), images_per_second=float(config.batch / np.mean(each)))
+    return float(np.mean(np.diff(learn.clock.at[skipped:])))
+
+def step(case, folder):
+    seconds = _step_seconds(folder, 10, 50, steps=10**6)
+    return dict(seconds=seconds, images_per_second=NETWORK['batch'] / seconds)
+
+def load(case, folder):
+    "A training step beside other programs that compute"
+    with busy_beside(LOADS[case]): return dict(seconds=_step_seconds(folder, 60, 60, minutes=60))
 
 def network(case, folder):
     "Not timed: a network that has learnt a little, for prediction"
     from autounet_nb.data import write_json
     from autounet_nb.train import save_tensors
-    learn, config = _learner(folder, 120)
+    learn, config = _learner(folder, steps=120)
     with learn.no_bar(), learn.no_logging(): learn.fit(10)
     out = folder/'ours'/'hippocampus'/'models'/'3d'/'fold_0'
     save_tensors(out/'weights.safetensors', learn.model.state_dict())

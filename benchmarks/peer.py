@@ -5,7 +5,7 @@ Run by the Python of nnU-Net's own virtual environment. Each function is one wor
 import json, os, shutil, sys, time
 from pathlib import Path
 import numpy as np
-from inputs import ADAM, BUDGET_SETS, LOGITS, NETWORK, PATCHES, PEER_BUDGET, RESAMPLE, memory_of, patch_batches, seconds_of
+from inputs import ADAM, BUDGET_SETS, LOADS, LOGITS, NETWORK, PATCHES, PEER_BUDGET, PEER_MIRRORED, RESAMPLE, busy_beside, memory_of, patch_batches, seconds_of
 
 IDS = dict(hippocampus=4, openkbp=101) # of the datasets
 BUDGET_IDS = {name: 900 + i for i, name in enumerate(BUDGET_SETS)}
@@ -101,15 +101,22 @@ def _trainer(folder, fold=0, base='nnUNetTrainerNoDeepSupervision', **settings):
     for k, v in settings.items(): setattr(trainer, k, v)
     return trainer
 
-def step(case, folder):
+def _step_seconds(folder, skipped, timed):
+    "Mean seconds of some training steps after others that are not timed"
     trainer = _trainer(folder)
     trainer.on_train_start(); trainer.on_train_epoch_start()
     at = []
-    for _ in range(60):
+    for _ in range(skipped + timed):
         trainer.train_step(next(trainer.dataloader_train)); at.append(time.perf_counter())
-    each = np.diff(at[10:])
     trainer.dataloader_train._finish(); trainer.dataloader_val._finish()
-    return dict(seconds=float(np.mean(each)), images_per_second=float(NETWORK['batch'] / np.mean(each)))
+    return float(np.mean(np.diff(at[skipped:])))
+
+def step(case, folder):
+    seconds = _step_seconds(folder, 10, 50)
+    return dict(seconds=seconds, images_per_second=NETWORK['batch'] / seconds)
+
+def load(case, folder):
+    with busy_beside(LOADS[case]): return dict(seconds=_step_seconds(folder, 10, 30))
 
 def network(case, folder):
     "Not timed: a network that has learnt a little, for prediction"
@@ -187,7 +194,7 @@ def budget(case, folder):
     seconds, steps = _train_for(trainer, minutes, 3, 5)
     data, out = folder/'budget'/name/'unseen', folder/'peer'/'budget'/case
     shutil.rmtree(out, ignore_errors=True)
-    _predictor(trainer, True).predict_from_files(str(data/'imagesTr'), str(out), num_processes_preprocessing=1, num_processes_segmentation_export=1)
+    _predictor(trainer, name in PEER_MIRRORED).predict_from_files(str(data/'imagesTr'), str(out), num_processes_preprocessing=1, num_processes_segmentation_export=1)
     return dict(minutes=minutes, seconds_of_training=seconds, steps=steps, dice=_mean_dice(out, data))
 
 def _prepare_budget(name, folder):
@@ -225,7 +232,8 @@ def _mean_dice(out, data):
 
 if __name__ == '__main__':
     work, case, folder = sys.argv[1:]
-    _folders(Path(folder))
+    folder = Path(folder).resolve()
+    _folders(folder)
     stdout, sys.stdout = sys.stdout, sys.stderr # it prints a lot
-    res = globals()[work](case, Path(folder))
+    res = globals()[work](case, folder)
     print(json.dumps(res), file=stdout)

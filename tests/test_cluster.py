@@ -84,14 +84,16 @@ def test_a_case_that_kills_its_workers_is_named():
     assert isinstance(found['b'], DataError) and 'case b: the worker that was on it died' in str(found['b'])
 
 def test_a_work_folder_that_is_not_shared(client, tmp_path):
-    def train(model, fold, minutes): return 1
+    def train(model, fold): return 1
     (_, row), = run_jobs(client, tmp_path/'elsewhere', [('2d', 0)], train)
     assert isinstance(row, DataError) and 'all machines share' in str(row)
 
-def test_minutes_are_shared_out_before(client, work, capsys):
-    cross_validate(work, dataset(work), ['2d'], [0, 1, 2], minutes=.2, device='cpu', client=client)
-    assert json.loads((work/'run.json').read_text())['shares'] == {f'2d, fold {k}': .1 for k in range(3)}
+def test_minutes_of_each_training_hold_its_judging(client, work, capsys):
+    rows = cross_validate(work, dataset(work), ['2d'], [0, 1, 2], minutes=.1, device='cpu', client=client)
     assert '3 trainings on 2 workers, 0.1 minutes each' in capsys.readouterr().out
+    assert json.loads((work/'run.json').read_text())['minutes'] == .2 # two of them follow one another on a worker
+    asked = [json.loads((work/'models'/'2d'/f'fold_{r["fold"]}'/'model.json').read_text())['minutes'] for r in rows]
+    assert asked == pytest.approx([.08] * 3) # a fifth is kept for judging
 
 def test_the_command(autounet, one_line, tmp_path, prepared):
     p = autounet('run', prepared/'scans', 'work', '--models', '2d', '--folds', '0', '--steps', '2', '--hardware', 'cpu', '--device', 'cpu', '--cluster', 'local:2', cwd=tmp_path)
