@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANYTHING', 'FLAG', 'TEXT', 'write_json', 'read_json', 'Kind', 'whole_number', 'real_number', 'one_of', 'shown',
-           'flaw', 'aligned', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress', 'pmap']
+           'flaw', 'aligned', 'first_of', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress', 'pmap']
 
 # %% ../nbs/00_cases.ipynb #df9d4d42
 import json, math, os, re, reprlib, sys, threading, time
@@ -101,6 +101,13 @@ def aligned(
     "Rows of words as lines with straight columns"
     width = [max(map(len, c)) for c in zip(*rows)]
     return ['  '.join(v.ljust(w) for v, w in zip(r, width)).rstrip() for r in rows]
+
+def first_of(
+    names, # list of texts
+    most=5, # that are named
+) -> str:
+    "Names in a sentence: the first few, and how many more there are"
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 # %% ../nbs/00_cases.ipynb #e746a894
 @dataclass(frozen=True)

@@ -160,15 +160,13 @@ def _asked_splits(work, ids, k, seed, patients, own):
     return splits, 'own'
 
 # %% ../nbs/10c_splits.ipynb #e7393238
-def _some(names, n=5): return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
-
 def _remarks(work, old, splits, how, ids, k):
     "What somebody should know of new splits, in sentences"
     if how != 'own' and len(splits) < k: yield f'There are {len(splits)} {"patients" if how else "cases"}, so there are {len(splits)} folds instead of {k}.'
-    if never := sorted(set(ids) - {i for s in splits for i in s['valid']}): yield f'{len(never)} of {len(ids)} cases are judged in no fold, and get no score: {_some(never)}.'
+    if never := sorted(set(ids) - {i for s in splits for i in s['valid']}): yield f'{len(never)} of {len(ids)} cases are judged in no fold, and get no score: {first_of(never)}.'
     if old and old != splits and any((work/'models').glob('*/fold_*')): yield 'The folds are others than before: what was trained on other cases is trained again.'
     if apart := [f'{a} and {b}' for _, a, b in _leaks(splits, likely_pairs(work))]:
-        yield f'Warning: {_some(apart)} look like one scan or one patient, but one is trained on where the other is judged, so the score will be too good. Keep them together with --patients, or remove one.'
+        yield f'Warning: {first_of(apart)} look like one scan or one patient, but one is trained on where the other is judged, so the score will be too good. Keep them together with --patients, or remove one.'
 
 def _stored(path):
     "The splits in the file, [] where there is none, and how they came about: 'own', 'patient' or None"

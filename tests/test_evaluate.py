@@ -78,6 +78,14 @@ def test_every_metric_is_in_the_json(pair):
     assert [d['classes'][n]['one_empty'] for n in '12'] == [0, 1] and d['tolerance'] == 1
     assert '2: prediction or label is empty in 1 of 3 cases' in repr(s) and 'HD95' in repr(s) and 'HD95' in s._repr_html_()
 
+def test_many_classes_stay_readable(tmp_path):
+    y = np.zeros((3, 8, 40)); y[1, 2:5] = np.arange(40)
+    for name in 'ab': write(tmp_path/'labels'/f'{name}.nii.gz', y); write(tmp_path/'predictions'/f'{name}.nii.gz', np.where(y > 20, 0, y))
+    text = repr(evaluate(tmp_path/'predictions', tmp_path/'labels', workers=1))
+    assert text.splitlines()[0].split() == ['Dice', 'mean'] and max(map(len, text.splitlines())) < 160
+    assert any(l.split()[:2] == ['7', '1.000'] for l in text.splitlines()) and text.count('prediction or label is empty') == 1
+    assert '21, 22, 23, 24, 25 and 14 more: prediction or label is empty in 2 of 2 cases' in text
+
 def test_a_metric_that_no_case_has_is_null(tmp_path):
     y = np.zeros((3, 8, 8)); y[1, 2:5, 2:5] = 1
     write(tmp_path/'labels'/'a.nii.gz', 0*y); write(tmp_path/'predictions'/'a.nii.gz', y)
