@@ -62,15 +62,15 @@ def training_state(
     if failed: return res('failed', f'{failed.get("error")}' + _resumable(folder))
     if beat and _alive(beat): return res('running', _running(beat))
     done = finished_training(folder)
-    if done and scores: return res('done', f'Dice {_number(mean_dice(scores))}, {done.get("seconds", 0) / 60:.1f} minutes')
+    if done and scores: return res('done', f'Dice {_number(mean_dice(scores))}, {time_text(done.get("seconds", 0))}')
     if done: return res('trained', 'its held-out cases are not scored yet')
     return res('stopped', 'can go on' + _resumable(folder)) if (folder/'checkpoint.safetensors').exists() else res('waiting', '')
 
 def _number(v): return f'{v:.3f}' if isinstance(v, (int, float)) else '–'
 
 def _running(b):
-    left = '' if b.get('left') is None else f', about {b["left"] / 60:.1f} minutes left'
-    return f'step {b.get("step")}, loss {_number(b.get("loss"))}, Dice {_number(b.get("dice"))}, {b.get("seconds", 0) / 60:.1f} minutes{left}'
+    left = '' if b.get('left') is None else f', about {time_text(b["left"])} left'
+    return f'step {b.get("step")}, loss {_number(b.get("loss"))}, Dice {_number(b.get("dice"))}, {time_text(b.get("seconds", 0))}{left}'
 
 def _resumable(folder):
     "Where a training would go on, in words"

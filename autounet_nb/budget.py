@@ -19,10 +19,6 @@ from .crossval import *
 from .board import *
 
 # %% ../nbs/14ea_budget.ipynb #b894a3d5
-def _short(seconds):
-    "Seconds as people write them"
-    return f'{max(0, seconds):.0f} s' if seconds < 100 else f'{seconds / 60:.1f} minutes'
-
 class Ledger:
     "How the minutes of a run are spent; kept in `WORK/budget.json`"
     def __init__(self,
@@ -49,7 +45,7 @@ class Ledger:
         now = time.monotonic()
         needed = self.spent() + (now - began) * (1 / share - 1)
         if needed <= 30 * self.minutes: return
-        raise DataError(f'Preparing these scans takes about {_short(needed)} on this machine, more than half of the {self.minutes:g} minutes asked for: '
+        raise DataError(f'Preparing these scans takes about {time_text(needed)} on this machine, more than half of the {self.minutes:g} minutes asked for: '
                         f'ask for at least {math.ceil(needed / 30) + 1} (--minutes). What is prepared so far stays.')
 
     def say(self, sentence):
@@ -123,11 +119,11 @@ def race(
     ranking, racing = [], sorted(models, key=PREFERRED.index)
     seconds = min(ROUND_MOST, ROUND_SHARE * ledger.left())
     if len(racing) > 1 and seconds < ROUND_LEAST:
-        ledger.say(f'{_short(ledger.left())} are too short for a race: {racing[0]} is trained, which sees most of a patient at once.')
+        ledger.say(f'{time_text(ledger.left())} are too short for a race: {racing[0]} is trained, which sees most of a patient at once.')
         return racing
     order = judging_order(held_out(work, fold))
     while len(racing) > 1:
-        ledger.say(f'Race on fold {fold}: {", ".join(racing)} train for {_short(seconds)} each.')
+        ledger.say(f'Race on fold {fold}: {", ".join(racing)} train for {time_text(seconds)} each.')
         for m in racing:
             train(m, fold, seconds / 60)
             _measure(work, m, fold, ledger)
@@ -136,7 +132,7 @@ def race(
                 return racing
         for m in _too_slow(racing, ledger):
             racing.remove(m); ranking.insert(0, m)
-            ledger.say(f'{m} is left out: one scan would take it about {_short(ledger.racers[m]["scan"])}.')
+            ledger.say(f'{m} is left out: one scan would take it about {time_text(ledger.racers[m]["scan"])}.')
         slowest = max(ledger.racers[m]['scan'] for m in racing)
         ids = order[:max(1, min(JUDGE_SCANS, int(JUDGE_SHARE * ledger.left() / max(1e-3, slowest))))]
         dice = {m: _judge_racer(work, dataset, m, fold, ids, ledger) for m in racing}
@@ -166,7 +162,7 @@ def affordable_trainings(
     best, each = ranking[0], _seconds_each(ranking[0], racers)
     if not each: return [(best, folds[0])], f'One training of {best} on one fold has all the time.' # nothing was measured
     few = max(1, min(len(folds), int(seconds / each)))
-    why = f'{_short(seconds)} are {seconds / each * WORTH:.0f} steps of {best}'
+    why = f'{time_text(seconds)} are {seconds / each * WORTH:.0f} steps of {best}'
     if few < len(folds): return [(best, k) for k in folds[:few]], f'{why}: {few} of {len(folds)} folds {"are" if few > 1 else "is"} trained. A fold should have {WORTH} steps.'
     chosen = [best]
     for m in ranking[1:]:

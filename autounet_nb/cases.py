@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANYTHING', 'FLAG', 'TEXT', 'write_json', 'read_json', 'Kind', 'whole_number', 'real_number', 'one_of', 'shown',
-           'flaw', 'aligned', 'first_of', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress', 'pmap']
+           'flaw', 'aligned', 'first_of', 'time_text', 'Case', 'Dataset', 'Scan', 'read_case', 'watched', 'progress',
+           'pmap']
 
 # %% ../nbs/00_cases.ipynb #df9d4d42
 import json, math, os, re, reprlib, sys, threading, time
@@ -108,6 +109,17 @@ def first_of(
 ) -> str:
     "Names in a sentence: the first few, and how many more there are"
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+def time_text(
+    seconds,
+) -> str:
+    "Seconds as people write them: 42 s, 3.5 minutes, 20 minutes, 2.5 hours, 3 days"
+    minutes, hours = seconds / 60, seconds / 3600
+    if seconds < 100: return f'{max(0, seconds):.0f} s'
+    if minutes < 10: return f'{minutes:.1f} minutes'
+    if minutes < 100: return f'{minutes:.0f} minutes'
+    if hours < 48: return f'{hours:.1f} hours'
+    return f'{hours / 24:.0f} days'
 
 # %% ../nbs/00_cases.ipynb #e746a894
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scan', 'find_scans', 'DataError', 'Geometry', 'atomic', 'split_name', 'is_series', 'channel_names', 'read_image',
            'read_label', 'write_like', 'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap',
-           'progress', 'watched', 'aligned', 'first_of']
+           'progress', 'watched', 'aligned', 'first_of', 'time_text']
 
 # %% ../nbs/00_data.ipynb #93cf02f5
 import os, re
@@ -16,7 +16,7 @@ from .cases import *
 
 # %% ../nbs/00_data.ipynb #a93d7d28
 _all_ = ['DataError', 'Geometry', 'atomic', 'split_name', 'is_series', 'channel_names', 'read_image', 'read_label', 'write_like',
-         'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap', 'progress', 'watched', 'aligned', 'first_of']
+         'write_json', 'read_json', 'Case', 'Dataset', 'Scan', 'read_case', 'pmap', 'progress', 'watched', 'aligned', 'first_of', 'time_text']
 
 # %% ../nbs/00_data.ipynb #6bb7368d
 def _classes(d, path): # labels, either way round, and where they stand

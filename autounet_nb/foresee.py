@@ -64,7 +64,7 @@ class Forecast:
         "How long all trainings take one after the other, in a sentence; empty where no step was timed"
         if not self.models: return ''
         each = [self.steps] * 2 if self.steps else [EPOCH * n for n in EPOCHS]
-        least, most = (_time(self.folds * n * sum(m['step'] for m in self.models.values())) for n in each)
+        least, most = (time_text(self.folds * n * sum(m['step'] for m in self.models.values())) for n in each)
         n = self.folds * len(self.models)
         lead = f'All {n} trainings take ' if n > 1 else 'The training takes '
         if self.steps: return f'{lead}about {most} on this machine, with {self.steps} steps each.'
@@ -81,7 +81,7 @@ class Forecast:
 
     def _rows(self):
         for k, s in self.stages.items(): yield f'preprocess {k}', f'{s["workers"]} process{"es" * (s["workers"] > 1)} of {bytes_text(s["memory"])}', f'{bytes_text(s["disk"])} on disk'
-        for k, m in self.models.items(): yield f'train {k}', f'{bytes_text(m["memory"])}', f'{m["step"]:.2g} s a step, {_time(m["epoch"])} an epoch of {EPOCH} steps'
+        for k, m in self.models.items(): yield f'train {k}', f'{bytes_text(m["memory"])}', f'{m["step"]:.2g} s a step, {time_text(m["epoch"])} an epoch of {EPOCH} steps'
         yield 'predict', bytes_text(self.prediction), 'for the largest case'
 
     def __repr__(self):
@@ -91,10 +91,6 @@ class Forecast:
 
 EPOCH = 250 # steps of an epoch (Training Procedure)
 EPOCHS = 120, 1000 # of a training: its learning rate falls four times, each time after 30 epochs or more; and no more than the second
-
-def _time(seconds):
-    "Seconds as people write them"
-    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours' if seconds < 2 * 86400 else f'{seconds / 86400:.0f} days'
 
 # %% ../nbs/12b_foresee.ipynb #13370e2b
 def foresee(

@@ -263,7 +263,6 @@ def _commands(found):
 
 # %% ../nbs/14f_report.ipynb #65344065
 def _stamp(t=None): return time.strftime('%Y-%m-%d %H:%M', time.localtime(t))
-def _minutes(seconds): return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
 def _dice(v): return '–' if v is None else f'{v:.3f}'
 def _bar(v): return _Html('–' if v is None else f'<b class="bar" style="--v:{min(max(v, 0), 1):.4f}">{v:.3f}</b>')
 def _said(sentences): return [_p(s, 'note') for s in sentences]
@@ -273,7 +272,7 @@ def _summary(found):
     d, fp, best = found.dataset, found.fingerprint, found.best
     states = [t.state for t in found.board.trainings]
     tiles = [(len(d) if d else fp.n if fp else None, 'cases'), (len(found.plan.modalities) if found.plan else None, 'channels'), (len(found.plan.labels) - 1 if found.plan else None, 'classes'),
-             (f'{states.count("done")} of {len(states)}', 'trainings done'), (_minutes(sum(r['seconds'] for r in found.made)), 'of training')]
+             (f'{states.count("done")} of {len(states)}', 'trainings done'), (time_text(sum(r['seconds'] for r in found.made)), 'of training')]
     if best: tiles.insert(0, (_dice(found.scores[best][0].mean), f'mean Dice of {best}, held out'))
     names = found.choice['models'] if found.chosen else [found.best] if found.best else []
     return [_Html('<div class="tiles">' + ''.join(f'<div><b>{_text(v)}</b><span>{_text(n)}</span></div>' for v, n in tiles) + '</div>'), *_said(too_short(found.work, names))]
@@ -366,7 +365,7 @@ def _curves(found):
     out = [_figure(plot_curves(found.histories), 'Losses and Dice of all folds. Dice is estimated on patches of held-out cases while training; whole scans are scored below.')] if found.histories else [_p('There are no curves yet.', 'note')]
     if not found.made: return out
     memory = ' The memory is the most that the training process had held by then' + (', so that of later trainings in one process is never less.' if len(found.made) > 1 else '.') if any(r['memory'] for r in found.made) else ' How much memory they took is not known.'
-    return [*out, _figure(plot_effort(found.made), f'Minutes of each training, {_minutes(sum(r["seconds"] for r in found.made))} in all.{memory}')]
+    return [*out, _figure(plot_effort(found.made), f'Minutes of each training, {time_text(sum(r["seconds"] for r in found.made))} in all.{memory}')]
 
 def _statistics(scores):
     "A row per class: mean ± sd and median of each metric over the cases that have it"

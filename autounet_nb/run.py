@@ -180,7 +180,7 @@ def cross_validate(
     device, workers = (device, 1) if client is None else roll_call(client, work, device)
     write_json(work/'run.json', dict(models=names, folds=folds, n=len(splits), minutes=minutes and minutes * rounds(jobs, workers), steps=steps, seed=seed))
     train = partial(do_training, work, dataset, steps=steps, seed=seed, **_divided(minutes))
-    each = f', {minutes:.1f} minutes each' if minutes else f', {steps} steps each' if steps else ', the paper\'s schedule'
+    each = f', {time_text(60 * minutes)} each' if minutes else f', {steps} steps each' if steps else ', the paper\'s schedule'
     if client is None: done = _in_turn(jobs, partial(train, device=device, processes=processes), each)
     else: done = _side_by_side(client, work, jobs, partial(train, device=device), each, workers, device)
     for (model, fold), row in done:
@@ -210,7 +210,7 @@ def _side_by_side(client, work, jobs, train, each, workers, device):
     "All trainings by the workers of a cluster, in the order in which they end"
     print(f'{len(jobs)} trainings on {workers} worker{"s" * (workers > 1)}{each}; what they say is in log.txt beside their weights', flush=True)
     for job, row in run_jobs(client, work, jobs, train, device):
-        if not isinstance(row, Exception): print(f'{job[0]}, fold {job[1]} is done: Dice {"–" if row["dice"] is None else format(row["dice"], ".3f")}, {row["seconds"] / 60:.1f} minutes', flush=True)
+        if not isinstance(row, Exception): print(f'{job[0]}, fold {job[1]} is done: Dice {"–" if row["dice"] is None else format(row["dice"], ".3f")}, {time_text(row["seconds"])}', flush=True)
         yield job, row
 
 def _write_board(work):
@@ -277,7 +277,7 @@ def _one_of_budget(work, dataset, job, waiting, ledger, kw):
     if ledger.left() < LEAST_LEFT and finished_training(fold_folder(work, model, fold)): # it is judged, and not trained further
         row = do_training(work, dataset, model, fold, judging, minutes=1e-6, **kw)
     else:
-        print(f'training {model}, fold {fold}, {train_seconds / 60:.1f} minutes', flush=True)
+        print(f'training {model}, fold {fold}, {time_text(train_seconds)}', flush=True)
         row = do_training(work, dataset, model, fold, judging, tta, minutes=train_seconds / 60, more=True, **kw)
     judged = len(judged_cases(work, model, fold))
     if judged < n: ledger.say(f'{model}, fold {fold} was judged by {judged} of its {n} validation scans, for lack of time.')
@@ -372,5 +372,5 @@ def demo(
     scores = evaluate(folder/'segmented', list(new), names=data.labels)
     s = read_case(new[0])
     _save_figure(show_case(s.image, s.label, read_label(paths[0])[0], s.geometry.spacing), folder/'demo.png')
-    print(f'\n{unseen} scans that took no part in it\n{scores}\n\nTruth (solid) and prediction (dashed) of the first: {folder/"demo.png"}. It took {(time.monotonic() - start) / 60:.1f} minutes.')
+    print(f'\n{unseen} scans that took no part in it\n{scores}\n\nTruth (solid) and prediction (dashed) of the first: {folder/"demo.png"}. It took {time_text(time.monotonic() - start)}.')
     return scores

@@ -100,7 +100,7 @@ class Journal(Callback):
     def _line(self):
         "The last epoch in words"
         row, seconds = self.history[-1], self._left()
-        left = '' if seconds is None else f', about {seconds / 60:.1f} minutes left'
+        left = '' if seconds is None else f', about {time_text(seconds)} left'
         show = lambda v: '–' if v is None else f'{v:.3f}'
         scan = '' if row['scan_dice'] is None else f', a whole scan {show(row["scan_dice"])}'
         return f'epoch {row["epoch"]}: step {row["step"]}, loss {show(row["train_loss"])}, validation {show(row["valid_loss"])}, pseudo Dice {show(row["dice"])}{scan}, {row["seconds"]:.0f} s{left}'

@@ -90,7 +90,7 @@ def test_a_work_folder_that_is_not_shared(client, tmp_path):
 
 def test_minutes_of_each_training_hold_its_judging(client, work, capsys):
     rows = cross_validate(work, dataset(work), ['2d'], [0, 1, 2], minutes=.1, device='cpu', client=client)
-    assert '3 trainings on 2 workers, 0.1 minutes each' in capsys.readouterr().out
+    assert '3 trainings on 2 workers, 6 s each' in capsys.readouterr().out
     assert json.loads((work/'run.json').read_text())['minutes'] == .2 # two of them follow one another on a worker
     asked = [json.loads((work/'models'/'2d'/f'fold_{r["fold"]}'/'model.json').read_text())['minutes'] for r in rows]
     assert asked == pytest.approx([.08] * 3) # a fifth is kept for judging
