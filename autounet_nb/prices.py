@@ -173,7 +173,7 @@ def measure_prices(
     tried = offers(first.ensemble.mirrored)
     cases = cases[:_affordable(first, tried, dataset[id], until)]
     if not cases: return None
-    predictors = {fold: load(fold) for fold in {fold for fold, _ in cases}}
+    predictors = {k: first if k == fold else load(k) for k in {k for k, _ in cases}}
     found = [_looks(predictors[fold], tried, dataset[id]) for fold, id in cases]
     mean = lambda values: float(np.mean([v for v in values if v is not None] or [0.]))
     prices = [Price(o, mean(s for s, *_ in looks), mean(d for _, d, _ in looks)) for o, looks in zip(tried, zip(*found))]
