@@ -20,7 +20,7 @@ readme: .venv/installed-dev
 DATA ?= $(firstword $(wildcard data ../shared/data) data)
 bench: .venv/installed-dev
 	$(V)/python benchmarks/bench.py --data '$(DATA)' --only '$(ONLY)' --cases '$(CASES)'
-	$(V)/nbdev-test nbs/22_speed.ipynb --save
+	$(V)/nbdev-test nbs/tutorials/92_speed.ipynb --save
 	$(V)/nbdev-clean
 
 docs: .venv/installed

@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 import re
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
@@ -16,7 +16,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'],
-    packages=[cfg['lib_name']],
+    packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'explore', 'cluster', 'multigpu', 'docs')},

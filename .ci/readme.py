@@ -16,6 +16,6 @@ if __name__ == '__main__':
     for name, data in resources.get('outputs', {}).items(): (root/name).write_bytes(data)
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'\A---\n.*?\n---\n|<!-- WARNING.*?-->', '', text, flags=re.S))
     text = re.sub(r' style="[^"]*"', '', text) # GitHub drops it
-    text = re.sub(r'\]\((?!http|nbs/)(\w+\.ipynb|images/\w+\.png)\)', r'](nbs/\1)', text)
+    text = re.sub(r'\]\((?!http|nbs/)([\w/]+\.ipynb|images/\w+\.png)\)', r'](nbs/\1)', text)
     (root/'README.md').write_text('<!-- written by .ci/readme.py from nbs/index.ipynb -->\n' + title + '\n\n' + text.strip() + '\n', encoding='utf-8')
     shutil.rmtree(cache, ignore_errors=True)

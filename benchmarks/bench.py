@@ -99,7 +99,7 @@ def large_scan(data):
 
 def budget_sets(data):
     "Every set in two folders: the cases that are given, and those that take no part"
-    from autounet_nb.data import scan
+    from autounet_nb.data.find import scan
     from inputs import BUDGET_SETS
     for name, (source, n) in BUDGET_SETS.items():
         if (FOLDER/'budget'/name).exists(): continue
@@ -111,7 +111,7 @@ def budget_sets(data):
 
 def _raw(dataset, cases, to):
     "Cases with one image each in nnU-Net's layout, which both sides read; pictures in colour as pairs of files, which ours does"
-    from autounet_nb.data import read_label, split_name
+    from autounet_nb.data.images import read_label, split_name
     end, colour = split_name(cases[0].images[0])[1], len(dataset.modalities) > 1
     folders = ('images', 'labels') if colour else ('imagesTr', 'labelsTr')
     for k in folders: (to/k).mkdir(parents=True)

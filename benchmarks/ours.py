@@ -8,7 +8,7 @@ import numpy as np
 from inputs import BUDGET, LOADS, LOGITS, NETWORK, PATCHES, RESAMPLE, TIMES, busy_beside, memory_of, patch_batches, seconds_of
 
 def resample(case, folder):
-    from autounet_nb.resample import resample
+    from autounet_nb.preprocessing.resample import resample
     old, new = RESAMPLE[case]
     x = np.load(folder/'ct.npy', mmap_mode='r')[:old[0]].copy()
     seconds, y = seconds_of(lambda: resample(x, new))
@@ -16,14 +16,14 @@ def resample(case, folder):
     return dict(seconds=seconds)
 
 def prepare(case, folder):
-    from autounet_nb.data import scan
-    from autounet_nb.run import prepare
+    from autounet_nb.data.find import scan
+    from autounet_nb.app.run import prepare
     work = folder/'ours'/case
     if work.exists(): shutil.rmtree(work)
     return dict(seconds=seconds_of(lambda: prepare(scan(folder/'data'/case), work, ['2d', '3d'], 'cpu'))[0])
 
 def logits(case, folder):
-    from autounet_nb.restore import restore
+    from autounet_nb.inference.export import restore
     x, native = np.load(folder/f'logits_{case}.npy'), LOGITS[case][2]
     meta = dict(box=[[0, n] for n in native], cropped_shape=list(native), shape=list(x.shape[1:]))
     slabs = (_softmax(x[:, z:z + 8]) for z in range(0, x.shape[1], 8))
@@ -38,7 +38,7 @@ def _softmax(logits):
 
 def augment(case, folder):
     import torch
-    from autounet_nb.augment import augment, step_generator
+    from autounet_nb.training.augment import augment, step_generator
     torch.set_num_threads(1)
     batches = [(torch.from_numpy(x), torch.from_numpy(y).long()) for x, y in patch_batches(PATCHES[case])]
     augment(*batches[0], step_generator(0, 0))
@@ -50,12 +50,12 @@ def augment(case, folder):
 
 def _learner(folder, cbs=(), **budget):
     from dataclasses import replace
-    from autounet_nb.augment import Augment
-    from autounet_nb.data import read_json
-    from autounet_nb.patches import patch_dls
-    from autounet_nb.plan import Plan
-    from autounet_nb.schedule import Budget
-    from autounet_nb.train import get_learner, prepared_cases
+    from autounet_nb.training.augment import Augment
+    from autounet_nb.core.files import read_json
+    from autounet_nb.training.patches import patch_dls
+    from autounet_nb.planning.plan import Plan
+    from autounet_nb.training.schedule import Budget
+    from autounet_nb.training.train import get_learner, prepared_cases
     work = folder/'ours'/'hippocampus'
     config = replace(Plan.load(work/'plan.json').models['3d'], patch=NETWORK['patch'], batch=NETWORK['batch'], features=NETWORK['features'])
     split = read_json(folder/'splits.json')[0]
@@ -87,8 +87,8 @@ def load(case, folder):
 
 def network(case, folder):
     "Not timed: a network that has learnt a little, for prediction"
-    from autounet_nb.data import write_json
-    from autounet_nb.train import save_tensors
+    from autounet_nb.core.files import write_json
+    from autounet_nb.training.weights import save_tensors
     learn, config = _learner(folder, steps=120)
     with learn.no_bar(), learn.no_logging(): learn.fit(10)
     out = folder/'ours'/'hippocampus'/'models'/'3d'/'fold_0'
@@ -97,14 +97,14 @@ def network(case, folder):
     return dict(seconds=learn.journal.seconds)
 
 def predict(case, folder):
-    from autounet_nb.predict import predict
+    from autounet_nb.inference.predict import predict
     out = folder/'ours'/'predicted'
     if out.exists(): shutil.rmtree(out)
     return dict(seconds=seconds_of(lambda: predict(folder/'ours'/'hippocampus', folder/'scans', out, model='3d', folds=[0], largest=False))[0])
 
 def large(case, folder):
     "A CT of 600×512×512 with 20 classes, at the spacing of the plan, from file to file"
-    from autounet_nb.predict import predict
+    from autounet_nb.inference.predict import predict
     work, out = folder/'ours'/'large', folder/'ours'/'large_predicted'
     _untrained(work, (600, 512, 512), 19, (64, 96, 96))
     if out.exists(): shutil.rmtree(out)
@@ -112,12 +112,13 @@ def large(case, folder):
 
 def fast(case, folder):
     "The default against `--fast`, file to file: 39 hippocampi by a network that has learnt a little, or the large CT"
-    from autounet_nb.data import read_json, scan, write_json
-    from autounet_nb.crossval import validate_fold
-    from autounet_nb.evaluate import evaluate
-    from autounet_nb.predict import predict
-    from autounet_nb.prices import measure_prices
-    from autounet_nb.whole_scans import QUICK
+    from autounet_nb.core.files import read_json, write_json
+    from autounet_nb.data.find import scan
+    from autounet_nb.evaluation.cross_validation import validate_fold
+    from autounet_nb.evaluation.scores import evaluate
+    from autounet_nb.inference.predict import predict
+    from autounet_nb.evaluation.prices import measure_prices
+    from autounet_nb.evaluation.whole_scans import QUICK
     out = folder/'ours'/'fast'
     if case == 'large':
         _untrained(work := folder/'ours'/'large', (600, 512, 512), 19, (64, 96, 96))
@@ -136,10 +137,10 @@ def fast(case, folder):
 
 def many(case, folder):
     "300 predictions of small scans in one process: memory and handles, and seconds after the first against those of the computing alone"
-    import psutil, torch
-    from autounet_nb.predict import Predictor, native_labels
-    from autounet_nb.preprocess import preprocess_case
-    from autounet_nb.ensemble import mean_softmax
+    import psutil
+    from autounet_nb.inference.predict import Predictor, native_labels
+    from autounet_nb.preprocessing.preprocess import preprocess_case
+    from autounet_nb.inference.ensemble import mean_softmax
     predictor = Predictor(folder/'ours'/'hippocampus', '3d', [0])
     scans = [(v[0], (1., 1., 1.)) for v, _ in patch_batches((36, 50, 35))]
     me, at, memory, handles = psutil.Process(), [time.perf_counter()], [], []
@@ -158,10 +159,11 @@ def many(case, folder):
 def _untrained(work, shape, classes, patch):
     "A work folder with a plan for CTs of this shape, and a small network that has learnt nothing"
     import torch
-    from autounet_nb.data import write_json
-    from autounet_nb.plan import make_plan, sketch_fingerprint
-    from autounet_nb.train import save_tensors
-    from autounet_nb.unet import build_unet
+    from autounet_nb.core.files import write_json
+    from autounet_nb.planning.plan import make_plan
+    from autounet_nb.planning.rules import sketch_fingerprint
+    from autounet_nb.training.weights import save_tensors
+    from autounet_nb.training.unet import build_unet
     plan = make_plan(sketch_fingerprint(shape, classes=classes, modalities=('CT',)), 'cpu', {'3d.features': 8, '3d.patch': list(patch)})
     plan.save(work/'plan.json')
     torch.manual_seed(0)
@@ -173,9 +175,9 @@ def _untrained(work, shape, classes, patch):
 
 def learn(case, folder):
     "Train for some minutes, and segment the held-out cases: Dice against the minutes of training"
-    from autounet_nb.data import scan
-    from autounet_nb.crossval import validate_fold
-    from autounet_nb.train import train_fold
+    from autounet_nb.data.find import scan
+    from autounet_nb.evaluation.cross_validation import validate_fold
+    from autounet_nb.training.train import train_fold
     work, minutes = folder/'ours'/'hippocampus', TIMES[case]
     shutil.rmtree(work/'models'/'3d'/'fold_1', ignore_errors=True)
     shutil.copy(folder/'splits.json', work/'splits.json')
@@ -184,9 +186,11 @@ def learn(case, folder):
 
 def budget(case, folder):
     "`autounet run` with some minutes and nothing else said; then Dice on the cases that took no part"
-    from autounet_nb.data import Case, read_json, scan
-    from autounet_nb.evaluate import evaluate
-    from autounet_nb.predict import predict
+    from autounet_nb.core.files import read_json
+    from autounet_nb.data.cases import Case
+    from autounet_nb.data.find import scan
+    from autounet_nb.evaluation.scores import evaluate
+    from autounet_nb.inference.predict import predict
     name, minutes = BUDGET[case]
     data, work = folder/'budget'/name, folder/'ours'/'budget'/case
     shutil.rmtree(work, ignore_errors=True)
@@ -201,11 +205,11 @@ def budget(case, folder):
 
 def growth(case, folder):
     "Seconds for one, two, four and eight times as much, on generated scans; what both share, such as imports, is not timed"
-    from autounet_nb.data import scan
-    from autounet_nb.phantom import make_phantoms
-    from autounet_nb.predict import predict
-    from autounet_nb.run import prepare
-    from autounet_nb.train import train_fold
+    from autounet_nb.data.find import scan
+    from autounet_nb.data.phantom import make_phantoms
+    from autounet_nb.inference.predict import predict
+    from autounet_nb.app.run import prepare
+    from autounet_nb.training.train import train_fold
     kind, what = case.split('_')
     root, seconds = folder/'growth'/case, {}
     shutil.rmtree(root, ignore_errors=True)

@@ -2,7 +2,7 @@
 import locale, os, signal, subprocess, sys
 from pathlib import Path
 import pytest
-from autounet_nb.phantom import make_phantoms
+from autounet_nb.data.phantom import make_phantoms
 
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs are deaf to Ctrl-C, and so would be the processes that tests stop by it
 

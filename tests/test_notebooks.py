@@ -3,7 +3,7 @@ import json, subprocess, sys
 from pathlib import Path
 import pytest
 
-NBS = sorted(p for p in (Path(__file__).parent.parent/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
+NBS = sorted(p for p in (Path(__file__).parent.parent/'nbs').rglob('*.ipynb') if p.name[0] not in '._')
 
 RUN = 'import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1])[0])'
 

@@ -2,16 +2,22 @@
 import copy, json, math, time
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from autounet_nb import cases, rules
-from autounet_nb.change import diff, planned
-from autounet_nb.data import Case, DataError, Dataset, read_json, write_json
-from autounet_nb.fingerprint import Fingerprint
-from autounet_nb.memory import count_weights, training_memory
-from autounet_nb.plan import ModelConfig, Plan, make_plan
-from autounet_nb.rules import Patch, _scaled, fit_patch, pad_to_pools, pooling, shape_text, sketch_fingerprint
+from autounet_nb.core.errors import InputError
+from autounet_nb.core import records
+from autounet_nb.data import cases
+from autounet_nb.planning import rules
+from autounet_nb.planning.what_if import diff, planned
+from autounet_nb.core.files import read_json, write_json
+from autounet_nb.data.cases import Case, Dataset
+from autounet_nb.planning.fingerprint import Fingerprint
+from autounet_nb.planning.memory import count_weights, training_memory
+from autounet_nb.planning.config import ModelConfig
+from autounet_nb.planning.plan import Plan, make_plan
+from autounet_nb.core.text import shape_text
+from autounet_nb.planning.rules import Patch, _scaled, fit_patch, pad_to_pools, pooling, sketch_fingerprint
 
 def sentence(e, *words):
-    "The message of a DataError, which must be one short line"
+    "The message of a InputError, which must be one short line"
     assert '\n' not in str(e.value) and len(str(e.value)) < 700
     for w in words: assert w in str(e.value)
 
@@ -22,19 +28,19 @@ def sentence(e, *words):
     ('["\\ud800"]', 'no valid JSON'), ('9' * 5000, 'no valid JSON'), ('\xff', 'no valid JSON'), ('', 'no valid JSON')])
 def test_what_is_no_json(text, words, tmp_path):
     (tmp_path/'x.json').write_bytes(text.encode('latin-1'))
-    with pytest.raises(DataError) as e: read_json(tmp_path/'x.json')
+    with pytest.raises(InputError) as e: read_json(tmp_path/'x.json')
     sentence(e, 'x.json', words)
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path/'x.json', 'wb') as f: f.truncate(10**12) # a hole, which takes no disk
     start = time.monotonic()
-    with pytest.raises(DataError) as e: read_json(tmp_path/'x.json')
+    with pytest.raises(InputError) as e: read_json(tmp_path/'x.json')
     sentence(e, 'x.json', 'more than 100 MB')
     assert time.monotonic() - start < 60 # hours, where a limit is missing
 
 def test_a_file_that_is_none(tmp_path):
     for path, words in ((tmp_path, 'cannot be read'), (tmp_path/'none.json', 'no such file')):
-        with pytest.raises(DataError) as e: read_json(path)
+        with pytest.raises(InputError) as e: read_json(path)
         sentence(e, words)
 
 def test_what_is_written_can_be_read(tmp_path):
@@ -45,9 +51,9 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.intege
                            lambda o: st.lists(o, max_size=4) | st.dictionaries(st.text(max_size=5), o, max_size=3), max_leaves=6)
 
 @settings(max_examples=300, deadline=None)
-@given(json_values, st.sampled_from([cases._DATASET, dict(a=cases.TEXT, b=[(cases.whole_number(0, 3),) * 2], c={str: cases.FLAG})]))
+@given(json_values, st.sampled_from([cases._DATASET, dict(a=records.TEXT, b=[(records.whole_number(0, 3),) * 2], c={str: records.FLAG})]))
 def test_a_flaw_is_one_short_line(value, form):
-    why = cases.flaw(value, form)
+    why = records.flaw(value, form)
     assert why is None or ('\n' not in why and len(why) < 700)
 
 # --- anything at any place
@@ -87,11 +93,11 @@ def write(d, path):
 def test_a_changed_fingerprint_is_planned_soon_or_refused(tmp_path, d):
     start = time.monotonic()
     try: fp = Fingerprint.load(write(d, tmp_path/'f.json'))
-    except DataError as e:
+    except InputError as e:
         assert '\n' not in str(e) and len(str(e)) < 700
         return
     try: assert make_plan(fp, 'cpu').why() and repr(fp) and fp._repr_html_()
-    except DataError as e: assert '\n' not in str(e) and len(str(e)) < 700
+    except InputError as e: assert '\n' not in str(e) and len(str(e)) < 700
     assert time.monotonic() - start < 60 # hours, where a limit is missing
     assert sorted(p.name for p in tmp_path.iterdir()) == ['f.json']
 
@@ -100,7 +106,7 @@ def test_a_changed_fingerprint_is_planned_soon_or_refused(tmp_path, d):
 def test_a_changed_plan_is_read_or_refused(tmp_path, d):
     start = time.monotonic()
     try: plan = Plan.load(write(d, tmp_path/'p.json'))
-    except DataError as e:
+    except InputError as e:
         assert '\n' not in str(e) and len(str(e)) < 900
         return
     assert repr(plan) and plan._repr_markdown_() and not diff(plan, plan)
@@ -114,7 +120,7 @@ def test_a_changed_plan_is_read_or_refused(tmp_path, d):
 @given(changed([plain(Dataset('d', '/d', 'pairs', ('CT',), {'background': 0, 'a': 1}, (Case('a', ('/d/a.nii',), '/d/b.nii'), Case('b', ('/d/a.nii',))), {'x': 'why'}).__dict__ | dict(cases=[dict(id='a', images=['/d/a.nii'], label='/d/b.nii'), dict(id='b', images=['/d/a.nii'], label=None)]))]))
 def test_a_changed_dataset_is_read_or_refused(tmp_path, d):
     try: ds = Dataset.load(write(d, tmp_path/'d.json'))
-    except DataError as e:
+    except InputError as e:
         assert '\n' not in str(e) and str(tmp_path) in str(e)
         return
     assert repr(ds) and ds._repr_html_() and all(isinstance(c, Case) and isinstance(c.images, tuple) for c in ds) and '/' not in ''.join(c.id for c in ds)
@@ -129,19 +135,19 @@ def test_a_changed_dataset_is_read_or_refused(tmp_path, d):
     (dict(reasons=5), 'reasons is 5'), (dict(reasons={'3d.patch': 'because'}), "reasons['3d.patch'] is 'because'"), (dict(reasons={'3d.colour': dict(rule='', because='', numbers={}, tried=[])}), 'names no value of the plan'),
     (dict(edits={'3d.batch': -1}), '3d.batch is -1'), (dict(edits=[]), 'edits is []'), (dict(models={}), 'it has the models []'), (dict(models=[]), 'models is []'), (dict(dim=2), "for 2D data"), (dict(version=True), 'version is True'), (dict(name=['x']), "name is ['x']"), (dict(hardware=None), 'hardware is None')])
 def test_a_plan_that_does_not_agree(change, words):
-    with pytest.raises(DataError) as e: Plan.from_dict({**plain(PLANS[0].to_dict()), **change}, 'mine.json')
+    with pytest.raises(InputError) as e: Plan.from_dict({**plain(PLANS[0].to_dict()), **change}, 'mine.json')
     sentence(e, 'mine.json', words)
 
 def test_a_model_cannot_be_called_a_path():
     d = plain(PLANS[0].to_dict()) | dict(reasons={}, edits={})
     for key, name, words in (('../../ESC/x', '3d', "models['../../ESC/x'] is called 3d"), ('../../ESC/x', '../../ESC/x', "name is '../../ESC/x'"), ('3d', '../../ESC/x', "name is '../../ESC/x'"), ('3d_cascade', '3d', 'models'), ('3d', '2d', 'dimension 3')):
-        with pytest.raises(DataError) as e: Plan.from_dict({**d, 'models': {key: d['models']['3d'] | dict(name=name)}})
+        with pytest.raises(InputError) as e: Plan.from_dict({**d, 'models': {key: d['models']['3d'] | dict(name=name)}})
         sentence(e, words)
 
 def test_a_model_needs_the_one_before_it():
     d = plain(next(p for p in PLANS if '3d_cascade' in p.models).to_dict())
     del d['models']['3d_lowres']; d['reasons'] = {}; d['edits'] = {}
-    with pytest.raises(DataError, match='it has the models'): Plan.from_dict(d)
+    with pytest.raises(InputError, match='it has the models'): Plan.from_dict(d)
 
 def test_a_plan_without_reasons_says_so():
     d = plain(PLANS[0].to_dict())
@@ -160,12 +166,12 @@ def test_a_model_file_with_an_absurd_network():
     c = plain(PLANS[1].to_dict())['models']['3d']
     assert ModelConfig(**c).name == '3d'
     for change in (dict(features=[10**6] * len(c['features'])), dict(patch=[10**6] * 3), dict(spacing=[1e-9] * 3), dict(batch=10**9), dict(classes='2'), dict(patch=None), dict(kernels=3)):
-        with pytest.raises(DataError) as e: ModelConfig(**c | change)
+        with pytest.raises(InputError) as e: ModelConfig(**c | change)
         sentence(e, "model '3d'")
 
 @pytest.mark.parametrize('edits', [{'3d.patch': [4096] * 3}, {'3d.features': 2048, '3d.patch': [512] * 3}, {'2d.batch': 4096, '2d.features': 2048}])
 def test_what_is_too_large_by_hand_is_still_answered_with_what_fits(edits):
-    with pytest.raises(DataError, match='the nearest that fits is') as e: make_plan(FINGERPRINTS[0], 'gpu-12gb', edits)
+    with pytest.raises(InputError, match='the nearest that fits is') as e: make_plan(FINGERPRINTS[0], 'gpu-12gb', edits)
     sentence(e)
 
 # --- shapes at the edge of what a fingerprint may hold
@@ -196,5 +202,5 @@ def test_strips_are_planned_soon(shape, spacing, hardware, monkeypatch):
     counted = []
     monkeypatch.setattr(rules, 'pooling', lambda *a: counted.append(a) or pooling(*a))
     try: make_plan(sketch_fingerprint(shape, spacing, 2), hardware)
-    except DataError as e: assert '\n' not in str(e)
+    except InputError as e: assert '\n' not in str(e)
     assert 0 < len(counted) < 100_000
