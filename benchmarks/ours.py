@@ -23,11 +23,11 @@ def prepare(case, folder):
     return dict(seconds=seconds_of(lambda: prepare(scan(folder/'data'/case), work, ['2d', '3d'], 'cpu'))[0])
 
 def logits(case, folder):
-    from autounet_nb.inference.export import restore
+    from autounet_nb.inference.export import export_labels
     x, native = np.load(folder/f'logits_{case}.npy'), LOGITS[case][2]
     meta = dict(box=[[0, n] for n in native], cropped_shape=list(native), shape=list(x.shape[1:]))
     slabs = (_softmax(x[:, z:z + 8]) for z in range(0, x.shape[1], 8))
-    added, seconds, y = memory_of(lambda: restore(slabs, meta, native))
+    added, seconds, y = memory_of(lambda: export_labels(slabs, meta, native))
     np.save(folder/f'labels_{case}_ours.npy', y[::3, ::3, ::3])
     return dict(seconds=seconds, added=added)
 
@@ -55,11 +55,11 @@ def _learner(folder, cbs=(), **budget):
     from autounet_nb.training.patches import patch_dls
     from autounet_nb.planning.plan import Plan
     from autounet_nb.training.schedule import Budget
-    from autounet_nb.training.train import get_learner, prepared_cases
+    from autounet_nb.training.train import get_learner, preprocessed_cases
     work = folder/'ours'/'hippocampus'
-    config = replace(Plan.load(work/'plan.json').models['3d'], patch=NETWORK['patch'], batch=NETWORK['batch'], features=NETWORK['features'])
+    config = replace(Plan.load(work/'plan.json').models['3d'], patch_size=NETWORK['patch_size'], batch_size=NETWORK['batch_size'], features_per_stage=NETWORK['features_per_stage'])
     split = read_json(folder/'splits.json')[0]
-    train, valid = (prepared_cases(work, config, split[k]) for k in ('train', 'valid'))
+    train, valid = (preprocessed_cases(work, config, split[k]) for k in ('train', 'valid'))
     dls = patch_dls(train, valid, config)
     return get_learner(dls, config, schedule=Budget(**budget), augment=False, cbs=[Augment(3), *cbs]), config
 
@@ -79,7 +79,7 @@ def _step_seconds(folder, skipped, timed, **budget):
 
 def step(case, folder):
     seconds = _step_seconds(folder, 10, 50, steps=10**6)
-    return dict(seconds=seconds, images_per_second=NETWORK['batch'] / seconds)
+    return dict(seconds=seconds, images_per_second=NETWORK['batch_size'] / seconds)
 
 def load(case, folder):
     "A training step beside other programs that compute"
@@ -94,7 +94,7 @@ def network(case, folder):
     out = folder/'ours'/'hippocampus'/'models'/'3d'/'fold_0'
     save_tensors(out/'weights.safetensors', learn.model.state_dict())
     write_json(out/'model.json', dict(config=config.__dict__, mirrored=True, finished=True))
-    return dict(seconds=learn.journal.seconds)
+    return dict(seconds=learn.training_log.seconds)
 
 def predict(case, folder):
     from autounet_nb.inference.predict import predict
@@ -128,7 +128,7 @@ def fast(case, folder):
         write_json(work/'splits.json', read_json(folder/'splits.json'))
         validate_fold(work, data, '3d', 0)
         prices = measure_prices(work, data, ['3d'])
-        options, res = prices.fast(), dict(prices=[dict(vars(p.options), seconds=p.seconds, dice=p.dice) for p in prices.prices])
+        options, res = prices.fast(), dict(prices=[dict(vars(p.options), seconds=p.seconds, batch_dice=p.dice) for p in prices.prices])
     for name, o in (('default', None), ('fast', options)):
         shutil.rmtree(out, ignore_errors=True)
         res[name], paths = seconds_of(lambda: predict(work, scans, out, model='3d', folds=[0], options=o))
@@ -164,7 +164,7 @@ def _untrained(work, shape, classes, patch):
     from autounet_nb.planning.rules import sketch_fingerprint
     from autounet_nb.training.weights import save_tensors
     from autounet_nb.training.unet import build_unet
-    plan = make_plan(sketch_fingerprint(shape, classes=classes, modalities=('CT',)), 'cpu', {'3d.features': 8, '3d.patch': list(patch)})
+    plan = make_plan(sketch_fingerprint(shape, classes=classes, modalities=('CT',)), 'cpu', {'3d.features_per_stage': 8, '3d.patch_size': list(patch)})
     plan.save(work/'plan.json')
     torch.manual_seed(0)
     net = build_unet(plan.models['3d'])
@@ -182,7 +182,7 @@ def learn(case, folder):
     shutil.rmtree(work/'models'/'3d'/'fold_1', ignore_errors=True)
     shutil.copy(folder/'splits.json', work/'splits.json')
     seconds, _ = seconds_of(lambda: train_fold(work, '3d', 1, minutes=minutes))
-    return dict(seconds=seconds, dice=validate_fold(work, scan(folder/'data'/'hippocampus'), '3d', 1)['mean']['dice'])
+    return dict(seconds=seconds, batch_dice=validate_fold(work, scan(folder/'data'/'hippocampus'), '3d', 1)['mean']['dice'])
 
 def budget(case, folder):
     "`autounet run` with some minutes and nothing else said; then Dice on the cases that took no part"
@@ -201,7 +201,7 @@ def budget(case, folder):
     predicted = predict(work, [Case(c.id, c.images) for c in unseen], work/'unseen')
     scores = evaluate(dict(zip((c.id for c in unseen), predicted)), list(unseen), names=unseen.labels)
     kept = read_json(work/'budget.json')
-    return dict(minutes=minutes, took=took, dice=scores.mean, classes=scores.classes, models=read_json(work/'ensemble.json')['models'], trainings=kept['jobs'], decisions=kept['said'])
+    return dict(minutes=minutes, took=took, batch_dice=scores.mean, classes=scores.classes, models=read_json(work/'ensemble.json')['models'], trainings=kept['jobs'], decisions=kept['said'])
 
 def growth(case, folder):
     "Seconds for one, two, four and eight times as much, on generated scans; what both share, such as imports, is not timed"

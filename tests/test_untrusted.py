@@ -6,7 +6,7 @@ from autounet_nb.core.errors import InputError
 from autounet_nb.core import records
 from autounet_nb.data import cases
 from autounet_nb.planning import rules
-from autounet_nb.planning.what_if import diff, planned
+from autounet_nb.planning.what_if import diff, planned_values
 from autounet_nb.core.files import read_json, write_json
 from autounet_nb.data.cases import Case, Dataset
 from autounet_nb.planning.fingerprint import Fingerprint
@@ -59,7 +59,7 @@ def test_a_flaw_is_one_short_line(value, form):
 # --- anything at any place
 
 FINGERPRINTS = [sketch_fingerprint((36, 50, 35), n=3, classes=2), sketch_fingerprint((200, 300, 300), (3, 1, 1), n=2, modalities=('CT', 'T1'), cropped=.7), sketch_fingerprint((1, 400, 500), n=2, modalities=('R', 'G', 'B'))]
-PLANS = [make_plan(fp, hw, edits) for fp in FINGERPRINTS for hw, edits in (('cpu', None), ('gpu-12gb', {'2d.batch': 4, 'normalization': 'ct'}))]
+PLANS = [make_plan(fp, hw, edits) for fp in FINGERPRINTS for hw, edits in (('cpu', None), ('gpu-12gb', {'2d.batch_size': 4, 'normalization': 'ct'}))]
 
 def places(d, at=()):
     "Where in lists and dicts values stand"
@@ -110,7 +110,7 @@ def test_a_changed_plan_is_read_or_refused(tmp_path, d):
         assert '\n' not in str(e) and len(str(e)) < 900
         return
     assert repr(plan) and plan._repr_markdown_() and not diff(plan, plan)
-    plan.why(); planned(plan); plan.save(tmp_path/'p.json')
+    plan.why(); planned_values(plan); plan.save(tmp_path/'p.json')
     assert Plan.load(tmp_path/'p.json') == plan
     assert set(plan.models) <= {'2d', '3d', '3d_lowres', '3d_cascade'} and all(k == c.name for k, c in plan.models.items())
     for c in plan.models.values(): assert count_weights(c) <= 2e9 and sum(training_memory(c).values()) <= 1e13
@@ -132,8 +132,8 @@ def test_a_changed_dataset_is_read_or_refused(tmp_path, d):
     (dict(labels={'x': 1, 'class_1': 2, 'class_2': 3}, label_values=[1, 2, 3]), 'a background of 0'), (dict(normalization=[]), '0 entries for 1 channels'), (dict(normalization=[dict(scheme='none')]), "scheme is 'none' instead of 'ct' or 'zscore'"),
     (dict(normalization=[dict(scheme='zscore', inside_nonzero=1)]), 'inside_nonzero is 1'), (dict(normalization=[dict(scheme='ct', lower=2, upper=1, mean=0, sd=1)]), 'lower 2 above upper 1'), (dict(normalization=[dict(scheme='ct', lower=0, upper=1, mean=0, sd=-1)]), 'sd is -1'),
     (dict(normalization=[dict(scheme='ct', lower=float('nan'), upper=1, mean=0, sd=1)]), 'lower is nan'), (dict(normalization=[dict(scheme=['ct'])]), "scheme is ['ct']"), (dict(one_component={'class_1': True}), 'one_component has the classes'), (dict(one_component={'class_1': 1, 'class_2': True}), 'true or false'),
-    (dict(reasons=5), 'reasons is 5'), (dict(reasons={'3d.patch': 'because'}), "reasons['3d.patch'] is 'because'"), (dict(reasons={'3d.colour': dict(rule='', because='', numbers={}, tried=[])}), 'names no value of the plan'),
-    (dict(edits={'3d.batch': -1}), '3d.batch is -1'), (dict(edits=[]), 'edits is []'), (dict(models={}), 'it has the models []'), (dict(models=[]), 'models is []'), (dict(dim=2), "for 2D data"), (dict(version=True), 'version is True'), (dict(name=['x']), "name is ['x']"), (dict(hardware=None), 'hardware is None')])
+    (dict(reasons=5), 'reasons is 5'), (dict(reasons={'3d.patch_size': 'because'}), "reasons['3d.patch_size'] is 'because'"), (dict(reasons={'3d.colour': dict(rule='', because='', numbers={}, tried=[])}), 'names no value of the plan'),
+    (dict(edits={'3d.batch_size': -1}), '3d.batch_size is -1'), (dict(edits=[]), 'edits is []'), (dict(models={}), 'it has the models []'), (dict(models=[]), 'models is []'), (dict(dim=2), "for 2D data"), (dict(version=True), 'version is True'), (dict(name=['x']), "name is ['x']"), (dict(hardware=None), 'hardware is None')])
 def test_a_plan_that_does_not_agree(change, words):
     with pytest.raises(InputError) as e: Plan.from_dict({**plain(PLANS[0].to_dict()), **change}, 'mine.json')
     sentence(e, 'mine.json', words)
@@ -157,7 +157,7 @@ def test_a_plan_without_reasons_says_so():
 
 def test_names_from_elsewhere_are_text():
     d = plain(PLANS[0].to_dict()) | dict(name='<script>a</script>')
-    d['reasons']['3d.patch']['because'] = '<img src=x onerror=a>'
+    d['reasons']['3d.patch_size']['because'] = '<img src=x onerror=a>'
     shown = Plan.from_dict(d)._repr_markdown_()
     assert '<script' not in shown and '<img' not in shown and '&lt;img src=x' in shown
 
@@ -165,11 +165,11 @@ def test_a_model_file_with_an_absurd_network():
     "As it stands beside weights, from where it is read directly"
     c = plain(PLANS[1].to_dict())['models']['3d']
     assert ModelConfig(**c).name == '3d'
-    for change in (dict(features=[10**6] * len(c['features'])), dict(patch=[10**6] * 3), dict(spacing=[1e-9] * 3), dict(batch=10**9), dict(classes='2'), dict(patch=None), dict(kernels=3)):
+    for change in (dict(features_per_stage=[10**6] * len(c['features_per_stage'])), dict(patch_size=[10**6] * 3), dict(spacing=[1e-9] * 3), dict(batch_size=10**9), dict(classes='2'), dict(patch_size=None), dict(kernel_sizes=3)):
         with pytest.raises(InputError) as e: ModelConfig(**c | change)
         sentence(e, "model '3d'")
 
-@pytest.mark.parametrize('edits', [{'3d.patch': [4096] * 3}, {'3d.features': 2048, '3d.patch': [512] * 3}, {'2d.batch': 4096, '2d.features': 2048}])
+@pytest.mark.parametrize('edits', [{'3d.patch_size': [4096] * 3}, {'3d.features_per_stage': 2048, '3d.patch_size': [512] * 3}, {'2d.batch_size': 4096, '2d.features_per_stage': 2048}])
 def test_what_is_too_large_by_hand_is_still_answered_with_what_fits(edits):
     with pytest.raises(InputError, match='the nearest that fits is') as e: make_plan(FINGERPRINTS[0], 'gpu-12gb', edits)
     sentence(e)
@@ -181,10 +181,10 @@ def one_by_one(median_shape, spacing, voxels, max_pools=None):
     shape, tried = _scaled(median_shape, voxels), []
     while True:
         pool = pooling(shape, spacing, max_pools)
-        size = pad_to_pools(shape, pool.pools)
+        size = pad_to_pools(shape, pool.num_pool_per_axis)
         if math.prod(size) <= voxels: return Patch(size, pool, tuple(tried))
         axis = max(range(len(size)), key=lambda i: size[i] / median_shape[i] if size[i] > 1 else 0)
-        shape = list(size); shape[axis] = max(1, size[axis] - 2**pool.pools[axis])
+        shape = list(size); shape[axis] = max(1, size[axis] - 2**pool.num_pool_per_axis[axis])
         tried.append(f'{shape_text(size)} has {math.prod(size):,} voxels, more than {voxels:,}: axis {axis} is cut to {shape[axis]}')
 
 axis = st.integers(1, 700) | st.integers(1, 4) | st.integers(1, 100_000)

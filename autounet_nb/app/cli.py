@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_command', 'fingerprint_command', 'plan_command', 'explore_command', 'preprocess_command', 'train_command',
-           'run_command', 'board_command', 'report_command', 'predict_command', 'evaluate_command', 'demo_command',
+           'run_command', 'status_command', 'report_command', 'predict_command', 'evaluate_command', 'demo_command',
            'main']
 
 # %% ../../nbs/app/88_cli.ipynb #e1dc82af
@@ -69,9 +69,9 @@ def check_command(a):
 def fingerprint_command(a):
     "Measure a dataset: shapes, spacings, intensities under the masks; writes WORK/fingerprint.json"
     from autounet_nb.planning.fingerprint import extract_fingerprint
-    from autounet_nb.app.run import keep_apart
+    from autounet_nb.app.run import check_separate
     dataset, work = _scan(a), Path(a.work)
-    keep_apart(dataset, work)
+    check_separate(dataset, work)
     fp = extract_fingerprint(dataset, work, workers=a.workers, anonymous=a.anonymous)
     dataset.save(work/'cases.json')
     print(fp)
@@ -90,8 +90,8 @@ def plan_command(a):
     if a.why: print('\n' + explain(fp, plan))
     if old and (differs := diff(old, plan)): print(f'\nwhat differs from the plan that was there\n{differs}')
     if a.foresee:
-        from autounet_nb.app.forecast import foresee
-        print(f'\n{foresee(fp, plan)}')
+        from autounet_nb.app.forecast import forecast
+        print(f'\n{forecast(fp, plan)}')
 
 def explore_command(a):
     "Try out a plan in the browser: set values by hand, see what follows, save it"
@@ -125,10 +125,10 @@ def run_command(a):
     from autounet_nb.app.run import run
     run(_scan(a), a.work, models=a.models, folds=a.folds, minutes=a.minutes, steps=a.steps, hardware=a.hardware, seed=a.seed, device=a.device, workers=a.workers, patients=a.patients, own=a.splits, cluster=a.cluster, processes=a.processes)
 
-def board_command(a):
+def status_command(a):
     "Which trainings are done, running, stopped, failed or waiting"
-    from autounet_nb.app.status import board
-    print(board(a.work))
+    from autounet_nb.app.status import status
+    print(status(a.work))
 
 def report_command(a):
     "Everything about a run, finished or not, as one page that opens anywhere; writes WORK/report.html"
@@ -172,7 +172,7 @@ def _run_options(p):
 
 def _plan_options(p):
     p.add_argument('-o', '--output', metavar='FILE', help='where to write the plan (default: plan.json in the work folder; nowhere for a single file)')
-    p.add_argument('--set', action='append', metavar='NAME=VALUE', help='set a value by hand, the others follow; e.g. 3d.patch=64,128,128, 2d.batch=8, spacing=2,1,1, cascade=no. May be given several times, and stays set')
+    p.add_argument('--set', action='append', metavar='NAME=VALUE', help='set a value by hand, the others follow; e.g. 3d.patch_size=64,128,128, 2d.batch_size=8, spacing=2,1,1, cascade=no. May be given several times, and stays set')
     p.add_argument('--automatic', action='store_true', help='forget what was set by hand')
     p.add_argument('--why', action='store_true', help='print the reason of every value, and what would change it')
     p.add_argument('--json', action='store_true', help='print plan.json')
@@ -214,7 +214,7 @@ _COMMANDS = ( # name, function, arguments, options
     ('explore', explore_command, [('SOURCE', 'fingerprint.json, a work folder that has one, or a folder of scans and masks')], [_explore_options, _HARDWARE]),
     ('preprocess', preprocess_command, [_WORK], [_STAGES, _WORKERS]),
     ('train', train_command, [_WORK], [_train_options, _budget_options]),
-    ('board', board_command, [('WORK', 'work folder of a run')], []),
+    ('board', status_command, [('WORK', 'work folder of a run')], []),
     ('report', report_command, [('WORK', 'work folder of a run')], []),
     ('predict', predict_command, [('WORK', 'work folder with trained models'), ('SCANS', 'a scan, a folder of scans, a DICOM series'), ('OUT', 'folder for the segmentations')], [_predict_options, _DEVICE]),
     ('evaluate', evaluate_command, [('PREDICTIONS', 'folder of segmentations'), ('LABELS', 'folder of true masks with the same names')], [_JSON('the scores')]),

@@ -22,7 +22,7 @@ from ..planning.rules import HARDWARE, read_hardware
 from ..planning.what_if import diff, what_if
 from ..viz.plan import plot_plan
 from .choices import Choices, as_fingerprint, costs_table, plan_costs, plan_table, reasons_list, replaced
-from .choices import save_plan, snapped
+from .choices import save_plan, adjusted_values
 
 # %% ../../nbs/app/86_explorer.ipynb #60aabbda
 def _line(label, *widgets):
@@ -32,7 +32,7 @@ def _line(label, *widgets):
 class Field:
     "One setting in the page: its inputs, and whether it is automatic"
     def __init__(self,
-        key, # of the setting, such as 3d.patch
+        key, # of the setting, such as 3d.patch_size
         label, # what people read
         inputs, # widgets, one per number
         changed, # called with key and value, or with key and None if it is to be automatic
@@ -124,8 +124,8 @@ class PlanExplorer:
         for m in MODELS if fp.dim == 3 else ('2d',):
             axes = 2 if m == '2d' else 3
             if m == '3d_lowres': add(f'{m}.spacing', 'spacing, mm', _numbers(3, w.FloatText)) # the only model with data of its own
-            add(f'{m}.patch', 'patch', _numbers(axes)); add(f'{m}.batch', 'batch', _numbers(1))
-            add(f'{m}.features', 'feature maps', _numbers(1)); add(f'{m}.pools', 'halve at most', _numbers(axes))
+            add(f'{m}.patch_size', 'patch size', _numbers(axes)); add(f'{m}.batch_size', 'batch size', _numbers(1))
+            add(f'{m}.features_per_stage', 'feature maps', _numbers(1)); add(f'{m}.num_pool_per_axis', 'halve at most', _numbers(axes))
 
     def _make_views(self):
         "What is shown, and the page"
@@ -203,7 +203,7 @@ def _show_controls(self:PlanExplorer):
     for key, f in self.fields.items():
         if of[key] in ('', *models): f.show(c.shown(key), key not in c.edits)
     for m in models: # the arrows go from one possible patch to the next
-        for i, p in zip(self.fields[f'{m}.patch'].inputs, self.plan.models[m].pools): i.step = 2**p
+        for i, p in zip(self.fields[f'{m}.patch_size'].inputs, self.plan.models[m].num_pool_per_axis): i.step = 2**p
     rows = [f.row for k, f in self.fields.items() if of[k] == self.model.value]
     if list(self.model_fields.children) != rows: self.model_fields.children = rows
     self.quiet = False
@@ -229,7 +229,7 @@ def _heading(fp):
 def _messages(self:PlanExplorer):
     "What cannot work, what came out otherwise than it was asked for, and what is set but has no control"
     c, other = self.choices, [k for k in self.edits if k not in self.fields and k != 'cascade']
-    notes = snapped(self.plan) + [f'Also set by hand, and without a control here: {", ".join(other)}. Reset makes it automatic.'] * bool(other)
+    notes = adjusted_values(self.plan) + [f'Also set by hand, and without a control here: {", ".join(other)}. Reset makes it automatic.'] * bool(other)
     return _box(c.problem and f'{c.problem} Below is the last plan that works.', '#c33') + ''.join(_box(t, '#d90') for t in notes)
 
 @patch

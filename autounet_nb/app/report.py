@@ -38,7 +38,7 @@ from ..evaluation.choose import Choice, score_models, scored_folds
 from ..evaluation.cross_validation import fold_folder
 from ..evaluation.prices import load_prices
 from ..evaluation.scores import Scores
-from .status import Board, board, training_state
+from .status import Status, status, training_state
 
 # %% ../../nbs/app/83_report.ipynb #8b26408b
 def plot_curves(
@@ -208,8 +208,8 @@ class _Found:
 
     def _board(self):
         "The states of all trainings that were asked for, or that are there"
-        asked = self.tried(lambda: board(self.work)) if self.asked else None
-        return asked or Board(tuple(t for m, k in self._folders() if (t := self.tried(lambda: training_state(self.work, m, k)))))
+        asked = self.tried(lambda: status(self.work)) if self.asked else None
+        return asked or Status(tuple(t for m, k in self._folders() if (t := self.tried(lambda: training_state(self.work, m, k)))))
 
     def _logs(self):
         "model → {fold: history}"

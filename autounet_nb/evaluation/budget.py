@@ -15,9 +15,9 @@ from ..core.files import read_json, write_json
 from ..core.text import time_text
 from ..planning.config import ModelConfig
 from ..planning.plan import Plan
-from ..training.train import prepared_cases
+from ..training.train import preprocessed_cases
 from ..training.weights import load_model
-from .cross_validation import fold_folder, held_out, judging_order, trainings
+from .cross_validation import fold_folder, validation_ids, validation_order, trainings
 from .whole_scans import QUICK, forward_seconds, mean_of_classes, quick_dice
 
 # %% ../../nbs/evaluation/77_budget.ipynb #b894a3d5
@@ -92,7 +92,7 @@ def _judge_racer(work, dataset, model, fold, ids, ledger):
     "Mean Dice of a racer on whole scans"
     net, config = load_model(work, model, fold)
     plan, began = Plan.load(Path(work)/'plan.json'), time.monotonic()
-    mean = mean_of_classes({p.id: mean_of_classes(quick_dice(net, config, plan, p, dataset[p.id].label)) for p in prepared_cases(work, config, ids)}) or 0.
+    mean = mean_of_classes({p.id: mean_of_classes(quick_dice(net, config, plan, p, dataset[p.id].label)) for p in preprocessed_cases(work, config, ids)}) or 0.
     ledger.note(model, scan=(time.monotonic() - began) / len(ids), dice=mean)
     return mean
 
@@ -123,7 +123,7 @@ def race(
     if len(racing) > 1 and seconds < ROUND_LEAST:
         ledger.say(f'{time_text(ledger.left())} are too short for a race: {racing[0]} is trained, which sees most of a patient at once.')
         return racing
-    order = judging_order(held_out(work, fold))
+    order = validation_order(validation_ids(work, fold))
     while len(racing) > 1:
         ledger.say(f'Race on fold {fold}: {", ".join(racing)} train for {time_text(seconds)} each.')
         for m in racing:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.errors import DataError
 from ..core.files import read_json, write_json
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import Prepared, digest, open_array, write_array
+from ..preprocessing.preprocess import PreprocessedCase, checksum, open_array, write_array
 from ..inference.ensemble import upsampled
 from .cross_validation import fold_folder, softmax_slabs
 
@@ -22,7 +22,7 @@ def first_stage(
     work = Path(work)
     out, full = work/'first_stage', work/'prep'/Plan.load(work/'plan.json').models['3d_cascade'].stage
     for fold, split in enumerate(read_json(work/'splits.json')):
-        for id in split['valid']: _first_stage_of(fold_folder(work, '3d_lowres', fold)/'validation'/'softmax'/f'{id}.b2nd', Prepared(full, id, out), fold)
+        for id in split['valid']: _first_stage_of(fold_folder(work, '3d_lowres', fold)/'validation'/'softmax'/f'{id}.b2nd', PreprocessedCase(full, id, out), fold)
     return out
 
 def _first_stage_of(softmax, case, fold):
@@ -33,4 +33,4 @@ def _first_stage_of(softmax, case, fold):
     mask = upsampled(softmax_slabs([softmax]), open_array(softmax).shape[1:], case.meta['shape'])
     path.unlink(missing_ok=True)
     write_array(case.first/f'{case.id}.b2nd', mask, 0)
-    write_json(path, dict(key=key, digest=digest(mask)))
+    write_json(path, dict(key=key, digest=checksum(mask)))

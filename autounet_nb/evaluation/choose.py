@@ -18,10 +18,10 @@ from ..core.files import read_json, write_json
 from ..core.text import aligned
 from ..data.images import split_name, write_like
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import Prepared
+from ..preprocessing.preprocess import PreprocessedCase
 from ..inference.ensemble import trained_folds
 from ..inference.predict import native_labels
-from .cross_validation import fold_folder, judged_cases, softmax_slabs
+from .cross_validation import fold_folder, validated_cases, softmax_slabs
 from .scores import FEW, Scores, evaluate
 
 # %% ../../nbs/evaluation/75_choose.ipynb #012172b8
@@ -35,13 +35,13 @@ def scored_folds(
 def _segment(task, work, plan, models, largest):
     "Write the mask of one held-out case by the mean of several models"
     id, fold, path = task
-    case = Prepared(Path(work)/'prep'/plan.models[models[0]].stage, id)
+    case = PreprocessedCase(Path(work)/'prep'/plan.models[models[0]].stage, id)
     slabs = softmax_slabs([fold_folder(work, m, fold)/'validation'/'softmax'/f'{id}.b2nd' for m in models])
     write_like(native_labels(slabs, case.meta, case.geometry.shape, plan, largest), case.geometry, path)
 
 def _judged_by_all(work, models, folds):
     "fold → ids of the validation cases that all of these models were judged by"
-    each = lambda k: [judged_cases(work, m, k) for m in models]
+    each = lambda k: [validated_cases(work, m, k) for m in models]
     return {k: sorted(set.intersection(*map(set, each(k)))) for k in folds}
 
 def _segment_all(work, plan, models, folds, out, largest=True, workers=None):

@@ -17,11 +17,11 @@ from ..core.files import read_json, write_json
 from ..core.text import aligned
 from ..data.cases import read_case
 from ..preprocessing.resample import resampled_shape
-from ..inference.ensemble import InferenceOptions, members, scan_window, trained_folds
+from ..inference.ensemble import InferenceOptions, ensemble_members, scan_window, trained_folds
 from ..inference.predict import Predictor
 from ..inference.windows import count_windows, mirror_axes
 from .choose import scored_folds
-from .cross_validation import fold_folder, held_out, judging_order
+from .cross_validation import fold_folder, validation_ids, validation_order
 from .whole_scans import QUICK, dice_of_classes, mean_of_classes
 
 # %% ../../nbs/evaluation/76_prices.ipynb #ba2554cb
@@ -130,7 +130,7 @@ PRICED_SCANS = 5 # validation scans that are measured at most
 def _priced_cases(work, models):
     "(fold, case id) of validation scans, from all folds in turn"
     folds = sorted(set.intersection(*(set(scored_folds(work, m)) for m in models)))
-    each = [[(k, i) for i in judging_order(held_out(work, k))] for k in folds]
+    each = [[(k, i) for i in validation_order(validation_ids(work, k))] for k in folds]
     return [c for row in zip_longest(*each) for c in row if c][:PRICED_SCANS]
 
 def _look(predictor, options, scan):
@@ -191,7 +191,7 @@ def chosen_options(
     folds=None, # numbers of the folds; None: all that are trained
 ) -> tuple: # options for `Predictor`, and in words why
     "The options that the price list gives"
-    names = members(work, model)
+    names = ensemble_members(work, model)
     prices = load_prices(work, names)
     if prices is None:
         if quality == 'fast': return QUICK, 'There is no price list for these models: without mirror images and with an overlap of 0.25, and what that costs in Dice was not measured.'

@@ -10,7 +10,7 @@ __all__ = ['QUICK', 'SCAN_SHARE', 'FORWARD_SHARE', 'quick_dice', 'dice_of_classe
 import time
 import numpy as np
 from fastai.callback.core import Callback
-from ..core.distributed import place
+from ..core.distributed import rank_and_size
 from ..data.images import read_label
 from ..inference.ensemble import InferenceOptions, mean_softmax, scan_window
 from ..inference.predict import native_labels
@@ -61,7 +61,7 @@ def forward_seconds(
     overlap=.5, # share of a window that its neighbour sees, too
 ) -> float:
     "About how long a network takes for a whole scan, without mirroring"
-    return count_windows(shape, scan_window(config), overlap) * FORWARD_SHARE * step / config.batch
+    return count_windows(shape, scan_window(config), overlap) * FORWARD_SHARE * step / config.batch_size
 
 class WholeScan(Callback):
     "Segments a whole validation scan now and then, and tells the journal its Dice"
@@ -73,8 +73,8 @@ class WholeScan(Callback):
     ): self.prepared, self.label, self.plan, self.spent, self.cost = prepared, label, plan, 0., None
 
     def after_validate(self):
-        journal = self.learn.journal
-        if place()[1] > 1 or not journal.step: return
+        journal = self.learn.training_log
+        if rank_and_size()[1] > 1 or not journal.step: return
         config = self.dls.train.dataset.config
         cost = self.cost or forward_seconds(config, self.prepared.meta['shape'], journal.seconds / journal.step, QUICK.overlap)
         if self.spent + cost > SCAN_SHARE * journal.seconds: return

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSSIBLE', 'MARGIN', 'FEW_STEPS', 'USABLE', 'NOTHING', 'InferenceOptions', 'scan_window', 'mean_softmax',
-           'first_folds', 'possible_foreground', 'upsampled', 'trained_folds', 'mean_dice', 'members', 'too_short',
-           'Ensemble', 'load_ensemble']
+           'first_folds', 'possible_foreground', 'upsampled', 'trained_folds', 'mean_dice', 'ensemble_members',
+           'too_short', 'Ensemble', 'load_ensemble']
 
 # %% ../../nbs/inference/62_ensemble.ipynb #d2dfe8ff
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from ..planning.plan import Plan
 from ..preprocessing.preprocess import read_patch
 from ..training.unet import channels_last, one_hot
 from ..training.weights import load_model
-from .export import restore
-from .windows import Voice, count_windows, probability_slabs, window_size
+from .export import export_labels
+from .windows import EnsembleMember, count_windows, probability_slabs, window_size
 
 # %% ../../nbs/inference/62_ensemble.ipynb #bf18d451
 def _with_first(x, first, classes):
@@ -50,15 +50,15 @@ def scan_window(
     config, # `ModelConfig`
 ) -> list: # 3 numbers
     "Voxels of a window of a model in the scan"
-    return window_size(config.patch, config.slice_axis if config.dim == 2 else None)
+    return window_size(config.patch_size, config.slice_axis if config.dim == 2 else None)
 
 def _voices(x, models, classes, options, first):
     "The networks of `models`, together where they look through the same windows"
     groups, names = {}, [c.name for _, c in models]
-    for net, c in models: groups.setdefault((c.name, tuple(c.patch), c.slice_axis if c.dim == 2 else None, options.mirror_images(net)), []).append(net)
+    for net, c in models: groups.setdefault((c.name, tuple(c.patch_size), c.slice_axis if c.dim == 2 else None, options.mirror_images(net)), []).append(net)
     for (name, patch, slice_axis, mirror), nets in groups.items():
         share = len(nets) / (names.count(name) * len(set(names)))
-        yield Voice(nets, patch, slice_axis, mirror, share, _with_first(x, first, classes) if name == '3d_cascade' else None)
+        yield EnsembleMember(nets, patch, slice_axis, mirror, share, _with_first(x, first, classes) if name == '3d_cascade' else None)
 
 def mean_softmax(
     x, # preprocessed scan, (c,z,y,x)
@@ -120,7 +120,7 @@ def upsampled(
     shape, # voxels of the finer grid over the same piece of the body
 ): # class indices, uint8 up to 256 classes
     "The most probable class on a finer grid"
-    return restore(slabs, dict(box=[[0, n] for n in shape], cropped_shape=list(shape), shape=list(coarse)), shape)
+    return export_labels(slabs, dict(box=[[0, n] for n in shape], cropped_shape=list(shape), shape=list(coarse)), shape)
 
 # %% ../../nbs/inference/62_ensemble.ipynb #cd1d6cd3
 def trained_folds(
@@ -145,7 +145,7 @@ def mean_dice(
     "Their mean Dice; None where they are damaged or there is none"
     return d['mean'].get('dice') if isinstance(d, dict) and isinstance(d.get('mean'), dict) else None
 
-def members(
+def ensemble_members(
     work, # work folder
     model=None, # a name, or two with a plus sign; None: those that were chosen, or else the best one
 ) -> list: # of names
@@ -216,7 +216,7 @@ def load_ensemble(
 ) -> Ensemble:
     "The networks that speak together, ready to predict"
     plan, trained = Plan.load(Path(work)/'plan.json'), trained_folds(work)
-    names = members(work, model)
+    names = ensemble_members(work, model)
     models = [m for n in names for m in _networks(work, plan, n, trained[n] if folds is None else folds, device)]
     if '3d_cascade' in names and '3d_lowres' not in trained: raise DataError(f'{work}: model 3d_cascade needs the networks of 3d_lowres, and there are none; train them, or predict with another model')
     return Ensemble(plan, models, tuple(_networks(work, plan, '3d_lowres', trained['3d_lowres'], device)) if '3d_cascade' in names else ())

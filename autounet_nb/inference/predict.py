@@ -25,8 +25,8 @@ from ..planning.memory import available_memory
 from ..preprocessing.preprocess import preprocess_case
 from ..training.weights import find_device
 from .ensemble import Ensemble, InferenceOptions, load_ensemble, mean_softmax, too_short, upsampled
-from .export import keep_largest, restore, restore_probabilities
-from .windows import whole
+from .export import keep_largest, export_labels, export_probabilities
+from .windows import concatenate_slabs
 
 # %% ../../nbs/inference/63_predict.ipynb #6f2bb16c
 def _checked(image, plan):
@@ -65,7 +65,7 @@ def native_labels(
 ):
     "Label values on the scan's own grid"
     values = np.array(plan.label_values)
-    label = values.astype(np.min_scalar_type(values.max()))[restore(probs, meta, shape)]
+    label = values.astype(np.min_scalar_type(values.max()))[export_labels(probs, meta, shape)]
     single = [plan.labels[n] for n, one in plan.one_component.items() if one and n in plan.labels]
     return keep_largest(label, single) if largest and single else label
 
@@ -170,7 +170,7 @@ class Predictor:
             for loaded in _ahead(self._load, scans):
                 _, ready = loaded()
                 slabs = _probabilities(ready, self.ensemble, self.options(ready.x[0].size))
-                yield restore_probabilities(slabs, ready.meta, ready.shape) if probabilities else self._labels(slabs, ready)
+                yield export_probabilities(slabs, ready.meta, ready.shape) if probabilities else self._labels(slabs, ready)
 
     def write(self,
         scans, # a file, a DICOM series, a folder of either, a list of those, a Dataset, or a list of `Case`s
@@ -212,7 +212,7 @@ class Predictor:
         options = self.options(ready.x[0].size)
         slabs = _probabilities(ready, self.ensemble, options)
         if probabilities:
-            slabs, plan = whole(slabs), self.ensemble.plan
+            slabs, plan = concatenate_slabs(slabs), self.ensemble.plan
             names = {v: n for n, v in plan.labels.items()}
             _write_probabilities(slabs, ready.meta, geometry, [str(names.get(v, v)) for v in plan.label_values], path.parent/'probabilities'/f'{split_name(path)[0]}.nrrd')
         return self._labels(slabs, ready), geometry, options

@@ -9,7 +9,7 @@ __all__ = ['MODELS', 'CONFIG_FORM', 'ModelConfig']
 from dataclasses import dataclass, fields
 import math
 from ..core.errors import DataError
-from ..core.records import flaw, one_of, real_number, shown, whole_number
+from ..core.records import FLAG, flaw, one_of, real_number, shown, whole_number
 from ..core.text import bytes_text
 from .memory import count_weights, training_memory
 
@@ -20,20 +20,20 @@ _size, _many = whole_number(1, 100_000), whole_number(1, 10**6) # a strip of pix
 CONFIG_FORM = dict(
     name=one_of(*MODELS), dim=one_of(2, 3), stage=one_of('full', 'lowres'),
     spacing=(real_number(1e-6, 1e4),)*3, median_shape=(_size,)*3, slice_axis=one_of(None, 0, 1, 2),
-    patch=[_size], batch=_many, pools=[whole_number(0, 16)], strides=[[one_of(1, 2)]], kernels=[[one_of(1, 3)]],
-    features=[whole_number(1, 4096)], dice=one_of('sample', 'batch'), in_channels=_many, classes=whole_number(2, 10**6))
+    patch_size=[_size], batch_size=_many, num_pool_per_axis=[whole_number(0, 16)], strides=[[one_of(1, 2)]], kernel_sizes=[[one_of(1, 3)]],
+    features_per_stage=[whole_number(1, 4096)], batch_dice=FLAG, in_channels=_many, classes=whole_number(2, 10**6))
 
 # %% ../../nbs/planning/23_config.ipynb #fd1977f9
 def _levels_problem(c):
     "What does not agree about axes and levels, in words, or None"
-    levels = len(c.features)
-    if len(c.patch) != c.dim or len(c.pools) != c.dim: return f'patch {shown(c.patch)} and pools {shown(c.pools)} do not have {c.dim} axes'
+    levels = len(c.features_per_stage)
+    if len(c.patch_size) != c.dim or len(c.num_pool_per_axis) != c.dim: return f'patch {shown(c.patch_size)} and pools {shown(c.num_pool_per_axis)} do not have {c.dim} axes'
     if not 1 <= levels <= _MOST_LEVELS: return f'it has {levels} levels instead of 1 to {_MOST_LEVELS}'
-    if not len(c.strides) == len(c.kernels) == levels: return 'strides, kernels and features must have one entry per level'
-    if any(len(v) != c.dim for v in c.strides + c.kernels): return f'every level needs {c.dim} strides and {c.dim} kernels'
+    if not len(c.strides) == len(c.kernel_sizes) == levels: return 'strides, kernel_sizes and features_per_stage must have one entry per level'
+    if any(len(v) != c.dim for v in c.strides + c.kernel_sizes): return f'every level needs {c.dim} strides and {c.dim} kernels'
     halved = [math.prod(s) for s in zip(*c.strides)]
-    if halved != [2**p for p in c.pools]: return f'strides halve the axes {halved} times less, pools say {c.pools}'
-    bad = [f'{p} (needs a multiple of {h})' for p, h in zip(c.patch, halved) if p % h]
+    if halved != [2**p for p in c.num_pool_per_axis]: return f'strides halve the axes {halved} times less, pools say {c.num_pool_per_axis}'
+    bad = [f'{p} (needs a multiple of {h})' for p, h in zip(c.patch_size, halved) if p % h]
     if bad: return f'the patch cannot be halved so often along {", ".join(bad)}'
 
 def _kind_problem(c):
@@ -66,13 +66,13 @@ class ModelConfig:
     spacing: tuple # mm, of that data
     median_shape: tuple # voxels, of that data
     slice_axis: int | None # axis along which slices are cut for a 2D network
-    patch: tuple # voxels
-    batch: int # samples per step
-    pools: tuple # times each axis is halved
+    patch_size: tuple # voxels
+    batch_size: int # samples per step
+    num_pool_per_axis: tuple # times each axis is halved
     strides: tuple # per level, the pooling that leads to it
-    kernels: tuple # per level, the size of its convolutions
-    features: tuple # per level, feature maps
-    dice: str # sample: Dice per sample, averaged; batch: the batch is one pseudo-volume
+    kernel_sizes: tuple # per level, the size of its convolutions
+    features_per_stage: tuple # per level, feature maps
+    batch_dice: bool # whether Dice takes the batch as one pseudo-volume; else Dice per sample, averaged
     in_channels: int # image channels; for the second stage of a cascade one more per foreground class
     classes: int # outputs, background included
 

@@ -17,7 +17,7 @@ def count_weights(
     c, # anything with the fields features, kernels, strides, in_channels, classes: a `ModelConfig`
 ):
     "Weights of the plain U-Net"
-    f, k = c.features, [math.prod(v) for v in c.kernels]
+    f, k = c.features_per_stage, [math.prod(v) for v in c.kernel_sizes]
     block = lambda i, o, kernel: (i + o) * o * kernel + 4 * o # two convolutions, and scale and shift of two norms
     down = sum(block(i, o, n) for i, o, n in zip((c.in_channels, *f), f, k))
     up = sum(f[l + 1] * f[l] * math.prod(c.strides[l + 1]) + block(2 * f[l], f[l], k[l]) for l in range(len(f) - 1))
@@ -28,7 +28,7 @@ def level_voxels(
     c, # anything with the fields patch, batch and strides
 ):
     "Voxels of one batch at each level of the network"
-    size, res = math.prod(c.patch) * c.batch, []
+    size, res = math.prod(c.patch_size) * c.batch_size, []
     for s in c.strides: res.append(size := size // math.prod(s))
     return res
 
@@ -36,7 +36,7 @@ def kept_values(
     c, # anything with the fields patch, batch, features, strides, in_channels
 ):
     "Per level of the network, the numbers that a training step keeps until it has gone backwards"
-    f, v = c.features, level_voxels(c)
+    f, v = c.features_per_stage, level_voxels(c)
     down = [4 * a * n + (3 * b * n if l else 2 * c.in_channels * n) for l, (a, b, n) in enumerate(zip(f, (0, *f), v))] # pooled input and its indices, of 8 bytes
     up = [6 * a * n for a, n in zip(f[:-1], v)] + [0]
     return [d + u for d, u in zip(down, up)]
@@ -53,7 +53,7 @@ def training_memory(
     "Peak memory of a training step"
     top = level_voxels(c)[0]
     return dict(libraries=LIBRARIES, weights=16 * count_weights(c), activations=precision * sum(kept_values(c)),
-                classes=4 * CLASS_TENSORS * c.classes * top, working=precision * WORKING * c.features[0] * top)
+                classes=4 * CLASS_TENSORS * c.classes * top, working=precision * WORKING * c.features_per_stage[0] * top)
 
 # %% ../../nbs/planning/22_memory.ipynb #f99d425a
 PROCESS = 190 * 10**6 # bytes of a process that reads and resamples, without PyTorch; measured
@@ -89,7 +89,7 @@ def held_slices(
 ) -> int:
     "Slices whose probabilities a prediction holds at a time: as many as a window is deep, or fill a forward pass"
     z, *plane = new_shape
-    return min(z, max(1, FORWARD_VOXELS // math.prod(plane)) if c.dim == 2 and c.slice_axis == 0 else c.patch[0])
+    return min(z, max(1, FORWARD_VOXELS // math.prod(plane)) if c.dim == 2 and c.slice_axis == 0 else c.patch_size[0])
 
 def predict_memory(
     shape, # voxels of the scan, (z,y,x)

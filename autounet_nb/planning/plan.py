@@ -16,13 +16,13 @@ from ..core.files import read_json, write_json
 from ..core.records import ANYTHING, FLAG, Kind, TEXT, flaw, one_of, real_number, shown, whole_number
 from ..core.text import aligned, shape_text
 from .config import CONFIG_FORM, MODELS, ModelConfig
-from .design import Brief, dataset_facts, design, reason
+from .design import ModelRequest, dataset_statistics, design, reason
 from .rules import CASCADE_RATIO, MIN_BATCH, channel_normalization, find_hardware, lowres
 from .rules import needs_cascade, read_hardware
 from .settings import read_edits
 
 # %% ../../nbs/planning/26_plan.ipynb #d73da8cf
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 _OF_PLAN = 'spacing', 'normalization', 'cascade' # what is decided for all models
 
 def _is_plain(v): return all(isinstance(o, (int, float, str)) for o in (v if isinstance(v, (list, tuple)) else [v]))
@@ -127,11 +127,11 @@ def _models_of(dim): return MODELS if dim == 3 else ('2d',)
 def _table(models):
     "Rows of text: one line per field, one column per model"
     row = lambda f: [f.replace('_', ' '), *(_cell(f, getattr(c, f)) for c in models.values())]
-    return [['', *models], *map(row, ('spacing', 'median_shape', 'patch', 'batch', 'pools', 'features', 'dice'))]
+    return [['', *models], *map(row, ('spacing', 'median_shape', 'patch_size', 'batch_size', 'num_pool_per_axis', 'features_per_stage', 'batch_dice'))]
 
 def _cell(field, v):
     if not isinstance(v, tuple): return str(v)
-    return ' '.join(map(str, v)) if field == 'features' else shape_text(round(x, 3) for x in v)
+    return ' '.join(map(str, v)) if field == 'features_per_stage' else shape_text(round(x, 3) for x in v)
 
 def _edited(edits):
     "What was set by hand, in words"
@@ -228,14 +228,14 @@ def _briefs(facts, hw, edits):
     "The models to design, and the reason of what only the first stage of a cascade has"
     largest, channels, classes = hw.step_3d // MIN_BATCH, len(facts.modalities), len(facts.labels)
     forced, mine = edits.get('cascade'), lambda *models: _settings_of(edits, *models)
-    flat = Brief('2d', 2, facts, hw, 'batch', channels, **mine('2d'))
+    flat = ModelRequest('2d', 2, facts, hw, True, channels, **mine('2d'))
     if facts.dim == 2: return [flat], {}
     cascade = forced == 'yes' or forced != 'no' and needs_cascade(facts.median_shape, largest)
-    whole = Brief('3d', 3, facts, hw, 'batch' if cascade else 'sample', channels, **mine('3d'))
+    whole = ModelRequest('3d', 3, facts, hw, True if cascade else False, channels, **mine('3d'))
     if not cascade: return [flat, whole], {}
     low, why = _low_stage(facts, largest, edits)
-    first = Brief('3d_lowres', 3, low, hw, 'sample', channels, 'lowres', **mine('3d_lowres'))
-    second = Brief('3d_cascade', 3, facts, hw, 'batch', channels + classes - 1, **mine('3d', '3d_cascade'))
+    first = ModelRequest('3d_lowres', 3, low, hw, False, channels, 'lowres', **mine('3d_lowres'))
+    second = ModelRequest('3d_cascade', 3, facts, hw, True, channels + classes - 1, **mine('3d', '3d_cascade'))
     return [flat, whole, first, second], {'3d_lowres.spacing': why}
 
 # %% ../../nbs/planning/26_plan.ipynb #c1f1613c
@@ -259,9 +259,9 @@ def decide(
 def make_plan(
     fingerprint, # a `Fingerprint`
     hardware=None, # a name in HARDWARE, or a memory such as '16GB'; None: what this machine has
-    edits=None, # what is set by hand: name → value, or texts such as '3d.patch=64,128,128'
+    edits=None, # what is set by hand: name → value, or texts such as '3d.patch_size=64,128,128'
 ) -> Plan:
     "Decide everything, and say why"
     e = read_edits(edits or {}, channels=len(fingerprint.modalities))
-    facts = dataset_facts(fingerprint, e.get('cases'), e.get('spacing'), e.get('median_shape'))
+    facts = dataset_statistics(fingerprint, e.get('cases'), e.get('spacing'), e.get('median_shape'))
     return decide(facts, hardware or find_hardware(), e)

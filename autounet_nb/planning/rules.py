@@ -40,15 +40,15 @@ def sketch_fingerprint(
 @dataclass(frozen=True)
 class Hardware:
     "A configuration known to work on one kind of machine"
-    features: int # feature maps at the top level
+    base_features: int # feature maps at the top level
     step_2d: int # pixels in one training step of the 2D network: patch x batch
     step_3d: int # voxels in one training step of the 3D network: patch x batch
     memory: int # bytes that a training step may take
     precision: int = 4 # bytes per number of a feature map; 2 with mixed precision
 
 HARDWARE = {
-    'gpu-12gb': Hardware(features=30, step_2d=42 * 256 * 256, step_3d=2 * 128**3, memory=12 * 10**9, precision=2), # Method, Dynamic adaptation, 1
-    'cpu': Hardware(features=16, step_2d=4 * 256 * 256, step_3d=2 * 48**3, memory=8 * 10**9),
+    'gpu-12gb': Hardware(base_features=30, step_2d=42 * 256 * 256, step_3d=2 * 128**3, memory=12 * 10**9, precision=2), # Method, Dynamic adaptation, 1
+    'cpu': Hardware(base_features=16, step_2d=4 * 256 * 256, step_3d=2 * 48**3, memory=8 * 10**9),
 }
 MIN_BATCH = 2 # no step sees fewer samples than this (Method, Dynamic adaptation, 5)
 
@@ -60,7 +60,7 @@ def read_hardware(
     m, base = re.fullmatch(r'(\d+(?:\.\d+)?) *gb', str(name).lower()), HARDWARE['gpu-12gb']
     if not m or not 1 <= float(m[1]) <= 1000: raise DataError(f'There is no hardware {name!r}: choose one of {", ".join(HARDWARE)}, or a memory from 1GB to 1000GB such as 16GB.')
     memory = int(float(m[1]) * 10**9)
-    return Hardware(base.features, base.step_2d * memory // base.memory, base.step_3d * memory // base.memory, memory, base.precision)
+    return Hardware(base.base_features, base.step_2d * memory // base.memory, base.step_3d * memory // base.memory, memory, base.precision)
 
 def find_hardware():
     "The line of `HARDWARE` for the machine this runs on"
@@ -88,9 +88,9 @@ MAX_POOLS = {2: 6, 3: 5} # the most an axis is halved, by dimension of the netwo
 @dataclass(frozen=True)
 class Pooling:
     "Where a network pools: lists over levels, the top first, each with one number per axis"
-    pools: tuple # times each axis is halved
+    num_pool_per_axis: tuple # times each axis is halved
     strides: tuple # per level the pooling that leads to it; ones for the top
-    kernels: tuple # per level the size of its convolutions, 1 or 3
+    kernel_sizes: tuple # per level the size of its convolutions, 1 or 3
 
 def _awake(spacing, # mm at this level
            halvable, # whether each axis may still be halved
@@ -160,12 +160,12 @@ def fit_patch(
     shape, tried = _scaled(median_shape, voxels), []
     while True:
         pool = pooling(shape, spacing, max_pools)
-        size = pad_to_pools(shape, pool.pools)
+        size = pad_to_pools(shape, pool.num_pool_per_axis)
         if math.prod(size) <= voxels: return Patch(size, pool, tuple(tried))
         axis = max(range(len(size)), key=lambda i: size[i] / median_shape[i] if size[i] > 1 else 0)
-        shape = list(size); shape[axis] = max(1, size[axis] - 2**pool.pools[axis])
+        shape = list(size); shape[axis] = max(1, size[axis] - 2**pool.num_pool_per_axis[axis])
         tried.append(f'{shape_text(size)} has {math.prod(size):,} voxels, more than {voxels:,}: axis {axis} is cut to {shape[axis]}')
-        if len(tried) >= _FEW: shape = _leap(shape, median_shape, voxels, lambda s: pooling(s, spacing, max_pools).pools)
+        if len(tried) >= _FEW: shape = _leap(shape, median_shape, voxels, lambda s: pooling(s, spacing, max_pools).num_pool_per_axis)
 
 # %% ../../nbs/planning/21_rules.ipynb #6758a004
 MAX_SHARE = .05 # of the dataset's voxels in one step (Method, Dynamic adaptation, 5)

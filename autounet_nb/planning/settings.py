@@ -12,8 +12,8 @@ from .config import MODELS
 
 # %% ../../nbs/planning/24_settings.ipynb #cfe89f58
 _OF_DATA = 'spacing', 'cases', 'median_shape', 'normalization', 'cascade'
-_OF_MODEL = 'patch', 'batch', 'features', 'pools', 'dice'
-_FOLLOWS = dict(kernels='pools', strides='pools', slice_axis='spacing',
+_OF_MODEL = 'patch_size', 'batch_size', 'features_per_stage', 'num_pool_per_axis', 'batch_dice'
+_FOLLOWS = dict(kernel_sizes='num_pool_per_axis', strides='num_pool_per_axis', slice_axis='spacing',
                 classes='nothing: they are those of the masks', in_channels='nothing: they are those of the scans')
 
 def _check_name(key, models):
@@ -23,7 +23,7 @@ def _check_name(key, models):
     if model in models and name in _FOLLOWS: raise DataError(f'{key} follows from other values and cannot be set: set {_FOLLOWS[name]}.')
     if model in models and name in _OF_DATA: raise DataError(f'{key} cannot be set for one model, because all see the same data: set {name}.')
     raise DataError(f'There is no setting {shown(key)}: there are {", ".join(_OF_DATA)}, 3d_lowres.spacing, '
-                    f'and {", ".join(_OF_MODEL)} of {", ".join(models)}, as in 3d.patch=64,128,128.')
+                    f'and {", ".join(_OF_MODEL)} of {", ".join(models)}, as in 3d.patch_size=64,128,128.')
 
 # %% ../../nbs/planning/24_settings.ipynb #45328c22
 def _whole(o, low, high): return isinstance(o, int) and not isinstance(o, bool) and low <= o <= high
@@ -53,8 +53,13 @@ def _schemes(v, axes, channels):
     ok = _list_of(v, channels, lambda o: o in ('ct', 'zscore', 'nonzero'))
     return v if ok else None, f'can be ct, zscore or nonzero, once or for each of {channels} channels'
 
-_KINDS = dict(patch=_shape, median_shape=_shape, spacing=_lengths, pools=_times, features=_maps, batch=_count(4096), cases=_count(10**6),
-              normalization=_schemes, dice=_word('sample', 'batch'), cascade=_word('yes', 'no'))
+def _flag(v, axes, channels):
+    "Yes or no, as a person writes it"
+    words = dict(true=True, yes=True, false=False, no=False)
+    return words.get(str(v).lower()), 'can be true or false'
+
+_KINDS = dict(patch_size=_shape, median_shape=_shape, spacing=_lengths, num_pool_per_axis=_times, features_per_stage=_maps, batch_size=_count(4096), cases=_count(10**6),
+              normalization=_schemes, batch_dice=_flag, cascade=_word('yes', 'no'))
 
 # %% ../../nbs/planning/24_settings.ipynb #ccc20057
 def _parsed(value):
@@ -74,7 +79,7 @@ def _clean(key, value, channels):
     return v
 
 def read_edits(
-    edits, # name → value, or a list of texts such as '3d.patch=64,128,128'
+    edits, # name → value, or a list of texts such as '3d.patch_size=64,128,128'
     models=MODELS, # that there can be
     channels=1, # of the scans
 ) -> dict: # name → value

@@ -9,7 +9,7 @@ __all__ = ['SoftDice', 'DiceCELoss']
 import torch, torch.nn.functional as F
 from torch import nn
 from ..core.errors import DataError
-from ..core.distributed import total
+from ..core.distributed import all_reduce
 
 # %% ../../nbs/training/52_loss.ipynb #81930673
 def _single(x):
@@ -24,12 +24,11 @@ def _check(logits, target):
 class SoftDice(nn.Module):
     "Minus soft Dice, averaged over classes (Training Procedure)"
     def __init__(self,
-        dice='batch', # 'sample': Dice per sample, averaged; 'batch': the batch is one pseudo-volume
+        batch_dice=True, # whether the batch is one pseudo-volume; else Dice per sample, averaged
         background=True, # whether class 0 counts as a class
     ):
         super().__init__()
-        if dice not in ('sample', 'batch'): raise DataError(f"dice is 'sample' or 'batch', not {dice!r}.")
-        self.dice, self.background = dice, background
+        self.batch_dice, self.background = batch_dice, background
 
     def forward(self,
         logits, # scores, (b, classes, *patch)
@@ -38,23 +37,23 @@ class SoftDice(nn.Module):
         _check(logits, target)
         u = _single(logits).softmax(1)
         v = torch.zeros_like(u).scatter_(1, target[:, None], 1)
-        axes = [i for i in range(u.ndim) if i > 1 or (i == 0 and self.dice == 'batch')]
+        axes = [i for i in range(u.ndim) if i > 1 or (i == 0 and self.batch_dice)]
         overlap, sizes = (u * v).sum(axes), u.sum(axes) + v.sum(axes)
-        if self.dice == 'batch': overlap, sizes = total(torch.stack([overlap, sizes])) # several processes may share a batch
+        if self.batch_dice: overlap, sizes = all_reduce(torch.stack([overlap, sizes])) # several processes may share a batch
         dice = 2 * overlap / sizes.clamp(min=1e-8) # per class, or per sample and class
         return -dice[..., 0 if self.background else 1:].mean()
 
-    def extra_repr(self): return f'dice={self.dice!r}, background={self.background}'
+    def extra_repr(self): return f'batch_dice={self.batch_dice}, background={self.background}'
 
 # %% ../../nbs/training/52_loss.ipynb #696513f0
 class DiceCELoss(nn.Module):
     "Soft Dice plus cross-entropy (Training Procedure); a list of logits is deep supervision [v2]"
     def __init__(self,
-        dice='batch', # 'sample' or 'batch', see `SoftDice`
+        batch_dice=True, # see `SoftDice`
         background=True, # whether class 0 counts in Dice
     ):
         super().__init__()
-        self.soft_dice = SoftDice(dice, background)
+        self.soft_dice = SoftDice(batch_dice, background)
 
     def one(self, logits, target):
         "The loss of one tensor of logits"

@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from ..core.errors import DataError
-from ..core.distributed import place
+from ..core.distributed import rank_and_size
 from ..preprocessing.preprocess import read_patch
 
 # %% ../../nbs/training/55_patches.ipynb #12f159ac
@@ -60,11 +60,11 @@ class PatchDataset:
     ):
         if not cases: raise DataError(f'There is no case to train or validate model {config.name} on.')
         self.cases, self.config, self.steps, self.seed, self.first = list(cases), config, steps, seed, 0 # `first`: the step with which it begins
-        self.rank, n = place()
-        self.part = config.batch // n # samples of a batch that this process loads
-        if config.batch % n: raise DataError(f'Model {config.name} has batches of {config.batch}, which {n} processes cannot share equally.')
+        self.rank, n = rank_and_size()
+        self.part = config.batch_size // n # samples of a batch that this process loads
+        if config.batch_size % n: raise DataError(f'Model {config.name} has batches of {config.batch_size}, which {n} processes cannot share equally.')
         self.at = torch.zeros(workers, 2, dtype=torch.int64).share_memory_() # process number and case of each that loads
-        self.size = list(config.patch)
+        self.size = list(config.patch_size)
         if config.dim == 2: self.size.insert(config.slice_axis, 1)
         self.holders = {} # class → cases that contain it
         for i, c in enumerate(self.cases):
@@ -75,7 +75,7 @@ class PatchDataset:
 
     @property
     def per_pass(self): # steps that show as many voxels as all cases have
-        return sum(math.prod(c.meta['shape']) for c in self.cases) / (self.config.batch * math.prod(self.size))
+        return sum(math.prod(c.meta['shape']) for c in self.cases) / (self.config.batch_size * math.prod(self.size))
 
     def loading(self, pids):
         "The cases at which these processes were that load"
@@ -85,7 +85,7 @@ class PatchDataset:
         "Number of the case and first voxel of item `i`"
         rng = np.random.default_rng([self.seed, i])
         voxel = None
-        if self.classes and is_forced(i, self.config.batch):
+        if self.classes and is_forced(i, self.config.batch_size):
             k = self.classes[rng.integers(len(self.classes))]
             case = self.holders[k][rng.integers(len(self.holders[k]))]
             voxel = self.cases[case].points[k][rng.integers(len(self.cases[case].points[k]))]
@@ -96,7 +96,7 @@ class PatchDataset:
 
     def __getitem__(self, i):
         step, j = divmod(i, self.part)
-        k, start = self._draw((self.first + step) * self.config.batch + self.rank * self.part + j)
+        k, start = self._draw((self.first + step) * self.config.batch_size + self.rank * self.part + j)
         if (me := get_worker_info()) and me.id < len(self.at): self.at[me.id] = torch.tensor([os.getpid(), k])
         case = self.cases[k]
         x, y = read_patch(case.image, start, self.size), read_patch(case.label, start, self.size).astype(np.int64)

@@ -22,7 +22,7 @@ _PLANES = ((0, 1, 2), (1, 0, 2), (2, 0, 1)) # axis that is cut, rows, columns
 
 def _in_mm(c):
     "Median case and patch in mm, (z,y,x); a 2D patch is one voxel thick"
-    patch = list(c.patch)
+    patch = list(c.patch_size)
     if c.dim == 2: patch.insert(c.slice_axis, 1)
     return np.multiply(c.median_shape, c.spacing), np.multiply(patch, c.spacing)
 
@@ -59,7 +59,7 @@ def _patch_text(c):
     case, patch = _in_mm(c)
     seen = [i for i in range(3) if i != c.slice_axis]
     share = prod(patch[seen]) / prod(case[seen])
-    return f'{shape_text(c.patch)} voxels = {" × ".join(f"{patch[i]:.3g}" for i in seen)} mm, ' + \
+    return f'{shape_text(c.patch_size)} voxels = {" × ".join(f"{patch[i]:.3g}" for i in seen)} mm, ' + \
         ('as large as' if abs(share - 1) < .005 else f'{share:.3g} times' if share > 1 else f'{100 * share:.2g} % of') + f' the median {"slice" if c.dim == 2 else "case"}'
 
 # %% ../../nbs/viz/41_plan.ipynb #5f93fb35
@@ -91,10 +91,10 @@ _PLAIN, _WAITS = '#9ecae1', '#fdae6b'
 
 def _boxes(c, down=0):
     "Per level size in voxels, middle (x, y), height and width of the box of the left arm; and where the drawing ends"
-    n, y, size, res = len(c.features), -.45 - down, c.patch, []
-    for l, (f, s) in enumerate(zip(c.features, c.strides)):
+    n, y, size, res = len(c.features_per_stage), -.45 - down, c.patch_size, []
+    for l, (f, s) in enumerate(zip(c.features_per_stage, c.strides)):
         size = tuple(a // b for a, b in zip(size, s))
-        h, w = _TALL * (prod(size) / prod(c.patch))**(1 / c.dim), _WIDE * f / max(c.features)
+        h, w = _TALL * (prod(size) / prod(c.patch_size))**(1 / c.dim), _WIDE * f / max(c.features_per_stage)
         x = _ACROSS / 2 if l == n - 1 else 1.2 + l * (_ACROSS / 2 - 2.7) / max(1, n - 2)
         res.append((size, x, y - max(h, _ROW) / 2, h, w)); y -= max(h, _ROW) + _GAP
     return res, -y + .2
@@ -104,15 +104,15 @@ def _arrow(ax, a, b, **kw): ax.annotate('', b, a, arrowprops=dict(arrowstyle='-|
 def _level(ax, c, l, box, font, full):
     "One level of a U: a box on each arm, what they hold, and the connection between them"
     size, x, y, h, w = box
-    last, waits = l == len(c.features) - 1, 1 in c.kernels[l]
+    last, waits = l == len(c.features_per_stage) - 1, 1 in c.kernel_sizes[l]
     for side, at in ((-1, x), (1, _ACROSS - x))[:1 if last else 2]:
         _box(ax, (at, y), (h, w), fc=_WAITS if waits else _PLAIN, ec='.3', lw=.8, gid=f'level {l}')
-        if full or side < 0: ax.text(at + side * (w / 2 + .07), y, f'{c.features[l]} maps' if full else c.features[l], ha='right' if side < 0 else 'left', va='center', fontsize=font, weight='bold')
+        if full or side < 0: ax.text(at + side * (w / 2 + .07), y, f'{c.features_per_stage[l]} maps' if full else c.features_per_stage[l], ha='right' if side < 0 else 'left', va='center', fontsize=font, weight='bold')
     kernel = dict(fontsize=font, color='#c05000' if waits else '.3')
     if full and not last: _arrow(ax, (x + w / 2, y), (_ACROSS - x - w / 2, y), ls='--', lw=.8)
     below = y - (h / 2 + .08 if last else .05)
     ax.text(_ACROSS / 2, below if last else y + .04, shape_text(size), ha='center', va='top' if last else 'bottom', fontsize=font)
-    if full: ax.text(_ACROSS / 2, below - .16 * last, f'kernel {shape_text(c.kernels[l])}', ha='center', va='top', **kernel)
+    if full: ax.text(_ACROSS / 2, below - .16 * last, f'kernel {shape_text(c.kernel_sizes[l])}', ha='center', va='top', **kernel)
 
 def _way(above, below):
     "Start and end of the way down on the left between two levels"
@@ -153,7 +153,7 @@ def _draw_unet(ax, c, font=8, full=True, down=0):
     for l, (a, b) in enumerate(zip(boxes, boxes[1:])): _between(ax, c.strides[l + 1], a, b, font)
     _ends(ax, c, boxes[0], len(boxes) == 1, font)
 
-def _levels(c): return f'{len(c.features)} level{"s" * (len(c.features) > 1)}'
+def _levels(c): return f'{len(c.features_per_stage)} level{"s" * (len(c.features_per_stage) > 1)}'
 
 def plot_unet(
     config, # a `ModelConfig`
@@ -165,20 +165,20 @@ def plot_unet(
     _draw_unet(ax, config); ax.set(xlim=(0, _ACROSS), ylim=(.35 - tall, 0))
     fig.text(.5, 1 - .2 / tall, f'{config.name}: {_levels(config)}, {count_weights(config):,} weights', ha='center', va='center', fontsize=10)
     fig.text(.01, .02, 'boxes: height as the size,\nwidth as the feature maps', fontsize=7, color='.4')
-    if any(1 in k for k in config.kernels): fig.text(.99, .02, 'orange: an axis waits', fontsize=7, color='#c05000', ha='right')
+    if any(1 in k for k in config.kernel_sizes): fig.text(.99, .02, 'orange: an axis waits', fontsize=7, color='#c05000', ha='right')
     return fig
 
 # %% ../../nbs/viz/41_plan.ipynb #9b4b2d6f
 def _limits(plan, c):
     "Samples that the two limits allow: what fits the hardware, and 5 % of the dataset (None where the plan doesn't say)"
     hw = read_hardware(plan.hardware)
-    return (hw.step_2d if c.dim == 2 else hw.step_3d) / prod(c.patch), plan.reasons.get(f'{c.name}.batch', {}).get('numbers', {}).get('five_percent')
+    return (hw.step_2d if c.dim == 2 else hw.step_3d) / prod(c.patch_size), plan.reasons.get(f'{c.name}.batch_size', {}).get('numbers', {}).get('five_percent')
 
 def _batch_note(plan, c, limits):
     "Why the batch is none of the limits, if so"
-    if f'{c.name}.batch' in plan.edits: return ', set by hand'
-    if c.batch == MIN_BATCH and min(limits) < c.batch: return ', the least'
-    return ', for memory' if plan.reasons.get(f'{c.name}.batch', {}).get('tried') else ''
+    if f'{c.name}.batch_size' in plan.edits: return ', set by hand'
+    if c.batch_size == MIN_BATCH and min(limits) < c.batch_size: return ', the least'
+    return ', for memory' if plan.reasons.get(f'{c.name}.batch_size', {}).get('tried') else ''
 
 def _bar_axis(ax, right, unit, ticks):
     "Room for one bar, with a scale below it, or in small without"
@@ -189,15 +189,15 @@ def _bar_axis(ax, right, unit, ticks):
 
 def _draw_batch(ax, plan, c, font=8, ticks=True):
     "The batch as a bar, its limits as lines, or as arrows where they are far away"
-    ax.barh(0, c.batch, height=.5, color='C0', gid='batch')
+    ax.barh(0, c.batch_size, height=.5, color='C0', gid='batch')
     limits = [(v, name, side, color) for v, name, side, color in zip(_limits(plan, c), ('fit the hardware', f'are {100 * MAX_SHARE:g} % of the data'), (1, -1), ('C3', 'C2')) if v is not None]
-    right = 1.7 * max(c.batch, min([v for v, *_ in limits]))
+    right = 1.7 * max(c.batch_size, min([v for v, *_ in limits]))
     for v, name, side, color in limits:
         far = v > right; x = right if far else v
         if not far: ax.plot([v, v], [-.42, .42], color=color, lw=2, gid=name)
         ax.text(x, .62 * side, (f'{v:,.0f} ' if v >= 100 else f'{v:.3g} ') + name + ' →' * far, ha='right' if x > .45 * right else 'left', va='center', fontsize=font, color=color)
-    inside = c.batch > .3 * right
-    ax.text(c.batch, 0, f' {c.batch}{_batch_note(plan, c, [v for v, *_ in limits])} ', va='center', ha='right' if inside else 'left', fontsize=font + 1, color='w' if inside else 'k')
+    inside = c.batch_size > .3 * right
+    ax.text(c.batch_size, 0, f' {c.batch_size}{_batch_note(plan, c, [v for v, *_ in limits])} ', va='center', ha='right' if inside else 'left', fontsize=font + 1, color='w' if inside else 'k')
     _bar_axis(ax, right, 'samples', ticks)
 
 def _draw_memory(ax, plan, c, font=8, ticks=True):
@@ -221,7 +221,7 @@ def plot_step(
     axs = fig.subplots(len(models), 2, squeeze=False, width_ratios=(3, 2))
     for (batch, memory), c in zip(axs, models):
         _draw_batch(batch, plan, c); _draw_memory(memory, plan, c)
-        batch.set_title(f'{c.name}: {c.batch} × {shape_text(c.patch)} = {c.batch * prod(c.patch):,} voxels per step', fontsize=9, loc='left')
+        batch.set_title(f'{c.name}: {c.batch_size} × {shape_text(c.patch_size)} = {c.batch_size * prod(c.patch_size):,} voxels per step', fontsize=9, loc='left')
     fig.legend(*axs[0, 1].get_legend_handles_labels(), loc='outside lower right', ncols=5, fontsize=8, frameon=False)
     return fig
 
@@ -245,7 +245,7 @@ def plot_cascade(
         for ax in (full, near): show_slice(ax, seen, np.multiply(plane.shape, (spacing[r], spacing[k])) / seen.shape, window)
         for _, other, o in stages: _box(full, (0, 0), [_in_mm(other)[1][i] for i in (r, k)], fill=False, ec=o, lw=2, gid=other.name)
         full.set_title(f'{name}: {" × ".join(f"{s:.3g}" for s in c.spacing)} mm', fontsize=9)
-        near.set(xlim=(-patch[1] / 2, patch[1] / 2), ylim=(patch[0] / 2, -patch[0] / 2), facecolor='.9'); near.set_title(f'its patch: {shape_text(c.patch)}', fontsize=9, color=color)
+        near.set(xlim=(-patch[1] / 2, patch[1] / 2), ylim=(patch[0] / 2, -patch[0] / 2), facecolor='.9'); near.set_title(f'its patch: {shape_text(c.patch_size)}', fontsize=9, color=color)
         for side in near.spines.values(): side.set(color=color, lw=2)
     room = [max(v) for v in zip(np.multiply(plane.shape, (spacing[r], spacing[k])), *[[_in_mm(c)[1][i] for i in (r, k)] for _, c, _ in stages])]
     for ax in axs[:2]: ax.set(xlim=(-.52 * room[1], .52 * room[1]), ylim=(.52 * room[0], -.52 * room[0]))
@@ -269,7 +269,7 @@ def plot_plan(
     fig.suptitle(f'{plan.name} on {plan.hardware}{by_hand}', fontsize=11)
     for i, c in enumerate(models):
         bottom = row * (n - 1 - i)
-        fig.text(.01, (bottom + 2.1) / fig.get_figheight(), f'{c.name}: {_patch_text(c)}; {c.batch} per step, {_levels(c)}, Dice per {c.dice}', fontsize=9, va='center')
+        fig.text(.01, (bottom + 2.1) / fig.get_figheight(), f'{c.name}: {_patch_text(c)}; {c.batch_size} per step, {_levels(c)}, Dice per {"batch" if c.batch_dice else "sample"}', fontsize=9, va='center')
         _draw_patch(patches, c, sheet, (i + .54) * row * scale); _draw_unet(nets, c, 6.5, False, (i + .08) * deep)
         _draw_batch(at(8.5, bottom + 1.1, 3.3, .8), plan, c, 7, False); _draw_memory(at(8.5, bottom + .2, 3.3, .8), plan, c, 7, False)
     return fig

@@ -63,7 +63,7 @@ def test_plan_json_is_the_plan(trained, autounet, tmp_path):
     p = autounet('plan', fp, '--json', '--hardware', 'gpu-12gb', '-o', tmp_path/'plan.json')
     assert p.returncode == 0 and json.loads(p.stdout) == json.loads((tmp_path/'plan.json').read_text())
     why = autounet('plan', fp, '--why', '--hardware', 'cpu').stdout
-    assert '3d.patch' in why and 'because' in why
+    assert '3d.patch_size' in why and 'because' in why
 
 def test_mistakes_get_one_sentence(trained, autounet, one_line, tmp_path):
     work, scans = trained/'work', trained/'scans'

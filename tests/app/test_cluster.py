@@ -5,7 +5,7 @@ pytest.importorskip('distributed', reason='distributed is not installed: pip ins
 pytest.importorskip('cryptography', reason='cryptography is not installed: pip install autounet_nb[cluster]')
 from autounet_nb.core.errors import InputError
 from autounet_nb.planning.what_if import replan
-from autounet_nb.app.cluster import cluster_client, run_jobs
+from autounet_nb.app.cluster import cluster_client, run_trainings
 from autounet_nb.core.executor import pmap
 from autounet_nb.data.cases import Dataset
 from autounet_nb.planning.fingerprint import Fingerprint
@@ -86,7 +86,7 @@ def test_a_case_that_kills_its_workers_is_named():
 
 def test_a_work_folder_that_is_not_shared(client, tmp_path):
     def train(model, fold): return 1
-    (_, row), = run_jobs(client, tmp_path/'elsewhere', [('2d', 0)], train)
+    (_, row), = run_trainings(client, tmp_path/'elsewhere', [('2d', 0)], train)
     assert isinstance(row, InputError) and 'all machines share' in str(row)
 
 def test_minutes_of_each_training_hold_its_judging(client, work, capsys):

@@ -18,9 +18,9 @@ from autounet_nb.planning.rules import sketch_fingerprint
 
 def abdomen(): return sketch_fingerprint((96, 320, 280), (2.5, .8, .8), n=120, modalities=('T1', 'T2'), classes=2, name='Abdomen')
 
-changes = st.one_of(st.tuples(st.sampled_from(['2d.batch', '3d.batch', '3d_lowres.batch', '3d.features', 'cases', '3d.pools']), st.integers(-1, 300)),
+changes = st.one_of(st.tuples(st.sampled_from(['2d.batch_size', '3d.batch_size', '3d_lowres.batch_size', '3d.features_per_stage', 'cases', '3d.num_pool_per_axis']), st.integers(-1, 300)),
     st.tuples(st.just('3d_lowres.spacing'), st.lists(st.floats(0, 20), min_size=3, max_size=3)),
-    st.tuples(st.just('3d.patch'), st.lists(st.integers(0, 400), min_size=3, max_size=3)), st.tuples(st.just('spacing'), st.lists(st.floats(0, 20), min_size=3, max_size=3)),
+    st.tuples(st.just('3d.patch_size'), st.lists(st.integers(0, 400), min_size=3, max_size=3)), st.tuples(st.just('spacing'), st.lists(st.floats(0, 20), min_size=3, max_size=3)),
     st.tuples(st.just('cascade'), st.sampled_from(['yes', 'no', 'perhaps'])), st.tuples(st.just('hardware'), st.sampled_from(['cpu', 'gpu-12gb', '8GB', '0GB', 'abacus'])), st.tuples(st.just('clear'), st.just(None)))
 
 @settings(max_examples=60, deadline=None)
@@ -47,13 +47,13 @@ def test_going_on_from_a_saved_plan(tmp_path):
     "Edits and hardware are those of the plan beside the fingerprint; reset makes everything automatic; other plans are no start"
     abdomen().save(tmp_path/'fingerprint.json')
     assert PlanExplorer(tmp_path, 'cpu').edits == {} and not (tmp_path/'plan.json').exists()
-    saved = make_plan(abdomen(), '11GB', {'3d.patch': [30, 100, 100], '3d_lowres.spacing': [5, 4, 4], 'cases': 40, 'normalization': ['ct', 'nonzero'], '3d.features': [8, 16, 32, 64, 128]})
+    saved = make_plan(abdomen(), '11GB', {'3d.patch_size': [30, 100, 100], '3d_lowres.spacing': [5, 4, 4], 'cases': 40, 'normalization': ['ct', 'nonzero'], '3d.features_per_stage': [8, 16, 32, 64, 128]})
     saved.save(tmp_path/'plan.json')
     for source in (tmp_path, tmp_path/'fingerprint.json', str(tmp_path)):
         e = PlanExplorer(source)
         assert e.plan == saved and e.edits == saved.edits and e.choices.automatic == make_plan(abdomen(), '11GB')
         shown = {k: (f.value, f.auto.value) for k, f in e.fields.items()}
-        assert shown['3d.patch'] == ([30, 100, 100], False) and shown['3d_lowres.spacing'] == ([5, 4, 4], False) and shown['cases'] == (40, False) and shown['2d.batch'][1]
+        assert shown['3d.patch_size'] == ([30, 100, 100], False) and shown['3d_lowres.spacing'] == ([5, 4, 4], False) and shown['cases'] == (40, False) and shown['2d.batch_size'][1]
         assert (e.hardware.value, e.memory.value) == ('memory in GB', 11) and '<b>nothing</b>' in e.redo.value
     e.reset()
     assert (e.plan, e.edits) == (make_plan(abdomen(), '11GB'), {}) and all(f.auto.value for f in e.fields.values())
@@ -86,7 +86,7 @@ def test_a_change_plans_once(monkeypatch):
     explorer, calls = PlanExplorer(abdomen(), 'gpu-12gb'), []
     decide = autounet_nb.planning.plan.decide
     monkeypatch.setattr(autounet_nb.planning.plan, 'decide', lambda *a, **kw: calls.append(a) or decide(*a, **kw))
-    for change in (lambda: setattr(explorer.fields['3d.patch'].inputs[1], 'value', 96), lambda: setattr(explorer.cascade, 'value', 'no'), lambda: setattr(explorer.fields['3d.patch'].auto, 'value', True)):
+    for change in (lambda: setattr(explorer.fields['3d.patch_size'].inputs[1], 'value', 96), lambda: setattr(explorer.cascade, 'value', 'no'), lambda: setattr(explorer.fields['3d.patch_size'].auto, 'value', True)):
         calls.clear(); change()
         assert len(calls) == 1
     calls.clear(); explorer.model.value = '3d'
@@ -94,14 +94,14 @@ def test_a_change_plans_once(monkeypatch):
 
 def test_what_follows_follows_and_what_was_set_stays():
     explorer = PlanExplorer(abdomen(), 'gpu-12gb')
-    explorer.fields['3d.batch'].auto.value = False # holds what it shows
-    assert explorer.edits == {'3d.batch': 2}
-    explorer.fields['3d.patch'].inputs[0].value = 30
-    assert explorer.edits['3d.patch'][0] == explorer.fields['3d.patch'].inputs[0].value == 30 and 'is padded to 32×' in explorer.message.value
-    assert explorer.fields['3d.batch'].value == 2 and explorer.fields['3d.pools'].value == list(explorer.plan.models['3d'].pools)
+    explorer.fields['3d.batch_size'].auto.value = False # holds what it shows
+    assert explorer.edits == {'3d.batch_size': 2}
+    explorer.fields['3d.patch_size'].inputs[0].value = 30
+    assert explorer.edits['3d.patch_size'][0] == explorer.fields['3d.patch_size'].inputs[0].value == 30 and 'is padded to 32×' in explorer.message.value
+    assert explorer.fields['3d.batch_size'].value == 2 and explorer.fields['3d.num_pool_per_axis'].value == list(explorer.plan.models['3d'].num_pool_per_axis)
     explorer.cascade.value = 'no'
     explorer.fields['cases'].inputs[0].value = 4
-    assert explorer.edits['cases'] == 4 and explorer.fields['2d.batch'].value == explorer.plan.models['2d'].batch == make_plan(abdomen(), 'gpu-12gb', explorer.edits).models['2d'].batch
+    assert explorer.edits['cases'] == 4 and explorer.fields['2d.batch_size'].value == explorer.plan.models['2d'].batch_size == make_plan(abdomen(), 'gpu-12gb', explorer.edits).models['2d'].batch_size
     assert '3d_lowres' in explorer.table.value or '3d_lowres' not in explorer.plan.models
 
 def test_names_from_elsewhere_are_text():
@@ -247,13 +247,13 @@ def browsed(url):
 
 def test_a_saved_plan_is_gone_on_from_in_a_browser(tmp_path):
     "The work folder's plan has a spacing of the first stage set by hand: it is shown, changed, saved; reset makes it automatic"
-    saved = make_plan(abdomen(), '11GB', {'3d_lowres.spacing': [5, 4, 4], '2d.batch': 7})
+    saved = make_plan(abdomen(), '11GB', {'3d_lowres.spacing': [5, 4, 4], '2d.batch_size': 7})
     saved.save(tmp_path/'plan.json')
     with served(tmp_path, tmp_path) as (p, url, folder), browsed(url) as tab:
         from playwright.sync_api import expect
         first = tab.get_by_role('button', name='3d_lowres', exact=True)
         expect(first).to_be_visible(timeout=60_000)
-        expect(tab.get_by_label('batch').locator('visible=true')).to_have_value('7')
+        expect(tab.get_by_label('batch size').locator('visible=true')).to_have_value('7')
         first.click()
         axes = [tab.get_by_label(a, exact=True).locator('visible=true').nth(1) for a in 'zyx'] # the first are those of the data's spacing
         for axis, mm in zip(axes, '544'): expect(axis).to_have_value(mm)
@@ -264,7 +264,7 @@ def test_a_saved_plan_is_gone_on_from_in_a_browser(tmp_path):
         tab.screenshot(path=tmp_path/'first_stage.png', full_page=True)
         tab.get_by_role('button', name='Save plan').click(); tab.get_by_role('button', name='Replace plan').click()
         expect(tab.get_by_text('Saved as')).to_contain_text(str(tmp_path/'plan.json'))
-        assert Plan.load(tmp_path/'plan.json') == make_plan(abdomen(), '11GB', {'3d_lowres.spacing': [6, 4, 4], '2d.batch': 7})
+        assert Plan.load(tmp_path/'plan.json') == make_plan(abdomen(), '11GB', {'3d_lowres.spacing': [6, 4, 4], '2d.batch_size': 7})
         tab.get_by_role('button', name='Reset').click()
         for axis, mm in zip(axes, make_plan(abdomen(), '11GB').models['3d_lowres'].spacing): expect(axis).to_have_value(f'{mm:g}')
         expect(tab.get_by_text('(by hand)')).to_have_count(0)
@@ -280,17 +280,17 @@ def test_the_page_in_a_browser(page, tmp_path):
         tab.get_by_role('button', name='3d', exact=True).click()
         auto = make_plan(abdomen(), 'gpu-12gb').models['3d']
         z = tab.get_by_label('z', exact=True).locator('visible=true').nth(1) # the first is the spacing's
-        expect(z).to_have_value(str(auto.patch[0]))
+        expect(z).to_have_value(str(auto.patch_size[0]))
         z.press('ArrowDown')
-        edit = {'3d.patch': [auto.patch[0] - 2**auto.pools[0], *auto.patch[1:]]}
+        edit = {'3d.patch_size': [auto.patch_size[0] - 2**auto.num_pool_per_axis[0], *auto.patch_size[1:]]}
         plan = make_plan(abdomen(), 'gpu-12gb', edit)
-        expect(tab.get_by_text(f'{"×".join(map(str, plan.models["3d"].patch))} (by hand)')).to_be_visible()
-        expect(tab.get_by_label('batch').locator('visible=true')).to_have_value(str(plan.models['3d'].batch))
+        expect(tab.get_by_text(f'{"×".join(map(str, plan.models["3d"].patch_size))} (by hand)')).to_be_visible()
+        expect(tab.get_by_label('batch size').locator('visible=true')).to_have_value(str(plan.models['3d'].batch_size))
         tab.screenshot(path=tmp_path/'changed.png')
         save.click()
         expect(tab.get_by_text('Saved as')).to_contain_text(str(folder/'plan.json'))
         assert Plan.load(folder/'plan.json') == plan and plan.edits == edit
-        tab.get_by_label('batch').locator('visible=true').fill('4000')
+        tab.get_by_label('batch size').locator('visible=true').fill('4000')
         tab.keyboard.press('Enter')
         expect(tab.get_by_text('the nearest that fits is')).to_be_visible()
         tab.screenshot(path=tmp_path/'refused.png')

@@ -32,7 +32,7 @@ files = lambda root: {str(f.relative_to(root)) for f in root.rglob('*') if f.is_
 def moments(root, began, n=10, seed=7):
     "Random moments of a finished run, one in each n-th of it: the file written last, and seconds since then. Every second one counts files instead of time, because the short steps write the most"
     rng = random.Random(seed)
-    line = sorted((f.stat().st_mtime, str(f.relative_to(root))) for f in root.rglob('*') if f.is_file() and f.name != 'board.txt' and f.stat().st_mtime > began)
+    line = sorted((f.stat().st_mtime, str(f.relative_to(root))) for f in root.rglob('*') if f.is_file() and f.name != 'status.txt' and f.stat().st_mtime > began)
     times = [t for t, _ in line]
     for i in range(n):
         part = (i + rng.random()) / n
@@ -62,7 +62,7 @@ def timeless(d):
 
 def content(path):
     "What a file says, times aside"
-    if path.name in ('board.txt', 'report.html'): return None
+    if path.name in ('status.txt', 'report.html'): return None
     if path.name == 'key.json': return json.loads(path.read_text())[1:]
     if path.suffix == '.json': return timeless(json.loads(path.read_text()))
     if path.suffix == '.csv': return [{k: v for k, v in r.items() if k != 'seconds'} for r in csv.DictReader(path.read_text().splitlines())]
@@ -111,7 +111,7 @@ class Kill(Callback):
 
 class Short(PaperSchedule):
     "The paper's rule in fast motion: it stops by itself after three epochs"
-    def epoch_done(self, train_loss, valid_loss): return super().epoch_done(train_loss, valid_loss) or len(self.learn.journal.history) == 3
+    def epoch_done(self, train_loss, valid_loss): return super().epoch_done(train_loss, valid_loss) or len(self.learn.training_log.history) == 3
 
 def test_the_papers_schedule_killed_in_the_middle_of_an_epoch(base):
     "At every batch and at every end of an epoch: the same weights, losses and learning rates"
@@ -124,7 +124,7 @@ def test_the_papers_schedule_killed_in_the_middle_of_an_epoch(base):
         learn.checkpoint.every = 0
         try: fit_learner(learn)
         except InterruptedError: return None
-        return {k: v.clone() for k, v in learn.model.state_dict().items()}, timeless(learn.journal.history)
+        return {k: v.clone() for k, v in learn.model.state_dict().items()}, timeless(learn.training_log.history)
     weights, history = train(work/'whole')
     assert [r['step'] for r in history] == [2, 4, 6]
     for at in range(1, 3 * (2 + 1 + 1) + 1):

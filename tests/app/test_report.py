@@ -49,7 +49,7 @@ def test_a_finished_run_ends_with_it(trained):
     assert 'could not be made' not in p.text and p.pictures >= 9
     choice, plan = (json.loads((trained/'work'/f).read_text()) for f in ('ensemble.json', 'plan.json'))
     for words in ('--folds 0 --steps 30 --seed 0 --hardware cpu', f'{"+".join(choice["models"])} is chosen', f'{choice["margin"]:.3f} ahead', f'{choice["table"][0]["dice"]:.3f}', 'torch 2', 'Python 3', '2 of 2 trainings done', 'Worst: phantom_',
-                  plan['reasons']['3d.patch']['because'], 'Nothing was set by hand', 'nothing is wrong', 'HD95', 'How far prediction and truth overlap', 'autounet predict'): assert words in p.text, words
+                  plan['reasons']['3d.patch_size']['because'], 'Nothing was set by hand', 'nothing is wrong', 'HD95', 'How far prediction and truth overlap', 'autounet predict'): assert words in p.text, words
     assert p.ids == {'made', 'data', 'plan', 'trainings', 'curves', 'scores', 'cases', 'choice', 'predict'} and all(f'id="{i}"' in p.raw for i in p.ids)
 
 def test_the_numbers_are_those_of_the_scores(work):
@@ -64,11 +64,11 @@ def test_the_numbers_are_those_of_the_scores(work):
 
 def test_only_a_plan(tmp_path, autounet):
     fp = sketch_fingerprint((20, 60, 50), classes=2)
-    fp.save(tmp_path/'fingerprint.json'); make_plan(fp, 'cpu', {'3d.batch': 3}).save(tmp_path/'plan.json')
+    fp.save(tmp_path/'fingerprint.json'); make_plan(fp, 'cpu', {'3d.batch_size': 3}).save(tmp_path/'plan.json')
     p = autounet('report', tmp_path)
     assert p.returncode == 0 and p.stdout.strip() == str(tmp_path/'report.html') and p.stderr == ''
     p = told(tmp_path)
-    for words in ('No training has begun', 'not been checked', 'Nothing was chosen yet', 'no trained model yet', 'no command to repeat', '3d.batch=3', 'no pictures of the scans'): assert words in p.text, words
+    for words in ('No training has begun', 'not been checked', 'Nothing was chosen yet', 'no trained model yet', 'no command to repeat', '3d.batch_size=3', 'no pictures of the scans'): assert words in p.text, words
 
 def test_one_fold_is_trained_and_one_failed(work):
     "Before the choice: the states, the error and its trace, the scores so far"

@@ -90,14 +90,14 @@ def test_the_plan_follows_the_data_unless_it_was_edited(autounet, copy):
     before = plan()
     p = run(autounet, copy, steps=1)
     assert p.returncode == 0 and 'Planned again' in p.stdout and plan()['models']['3d']['spacing'] != before['models']['3d']['spacing']
-    assert autounet('plan', copy/'work', '--set', '3d.batch=3').returncode == 0
+    assert autounet('plan', copy/'work', '--set', '3d.batch_size=3').returncode == 0
     p = run(autounet, copy, steps=1)
-    assert p.returncode == 0 and plan()['edits'] == {'3d.batch': 3} and 'what changed is the plan' in p.stdout
+    assert p.returncode == 0 and plan()['edits'] == {'3d.batch_size': 3} and 'what changed is the plan' in p.stdout
     text = (copy/'work'/'plan.json').read_text()
-    (copy/'work'/'plan.json').write_text(text.replace('"batch": 3', '"batch": 2'))
+    (copy/'work'/'plan.json').write_text(text.replace('"batch_size": 3', '"batch_size": 2'))
     p = run(autounet, copy, steps=1)
-    assert p.returncode == 0 and 'changed in an editor' in p.stdout and plan()['models']['3d']['batch'] == 2
-    assert autounet('plan', copy/'work').returncode == 1 and plan()['models']['3d']['batch'] == 2
+    assert p.returncode == 0 and 'changed in an editor' in p.stdout and plan()['models']['3d']['batch_size'] == 2
+    assert autounet('plan', copy/'work').returncode == 1 and plan()['models']['3d']['batch_size'] == 2
 
 def test_a_plan_with_another_normalisation_does_not_use_old_weights(autounet, one_line, copy):
     assert autounet('plan', copy/'work', '--set', 'normalization=nonzero').returncode == 0

@@ -8,7 +8,7 @@ from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.planning.plan import make_plan
 from autounet_nb.preprocessing.preprocess import preprocess
 from autounet_nb.training.schedule import read_history
-from autounet_nb.training.train import small_steps, train_fold
+from autounet_nb.training.train import small_batches, train_fold
 
 @pytest.fixture(scope='module')
 def scans(tmp_path_factory):
@@ -39,8 +39,8 @@ def test_batches_of_one_hold_no_foreground_every_second_time(scans):
     work = root/'train'
     plan = make_plan(extract_fingerprint(data, work, workers=1), 'cpu')
     cases = preprocess(data, plan, work, workers=1)
-    config = small_steps(plan.models['2d'])
-    config = type(config)(**vars(config) | dict(batch=1))
+    config = small_batches(plan.models['2d'])
+    config = type(config)(**vars(config) | dict(batch_size=1))
     ds = PatchDataset(cases, config)
     chosen = [bool((ds[i][1] > 0).any()) for i in range(60)]
     assert all(c for i, c in enumerate(chosen) if is_forced(i, 1)) and not all(chosen)

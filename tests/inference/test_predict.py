@@ -13,8 +13,8 @@ from autounet_nb.inference.predict import Predictor, predict, segment
 from autounet_nb.evaluation.prices import Price, PriceList, save_prices
 from autounet_nb.preprocessing.preprocess import preprocess_case
 from autounet_nb.preprocessing.resample import spline_operator
-from autounet_nb.inference.export import keep_largest, restore, restore_probabilities
-from autounet_nb.inference.windows import Voice, gaussian_window, probability_slabs, sliding_window
+from autounet_nb.inference.export import keep_largest, export_labels, export_probabilities
+from autounet_nb.inference.windows import EnsembleMember, gaussian_window, probability_slabs, sliding_window
 
 class Threshold(torch.nn.Module):
     "Stands for a network: class 1 where the image is positive, certain of it"
@@ -64,12 +64,12 @@ def test_two_voices_are_the_mean_of_each(shape, patch, flat, axis, batch, seed):
     "Whatever the sizes of their windows: from top to bottom, held no longer than a window is deep, or what is seen at once"
     x = np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
     each = sliding_window(Random(), x, patch, 2, tta=False), sliding_window(Random(), x, flat, 2, axis, tta=False)
-    slabs = [s.copy() for s in probability_slabs([Voice([Random()], patch, None, False, .25), Voice([Random()], flat, axis, False, .75)], x, 2, batch=batch)]
+    slabs = [s.copy() for s in probability_slabs([EnsembleMember([Random()], patch, None, False, .25), EnsembleMember([Random()], flat, axis, False, .75)], x, 2, batch=batch)]
     assert np.allclose(np.concatenate(slabs, 1), .25 * each[0] + .75 * each[1], atol=1e-5)
     assert all(s.shape[1] > 0 for s in slabs)
 
 def test_little_of_a_long_scan_is_held():
-    slabs, strides = zip(*((s.shape[1], s.strides[0] // s.strides[1]) for s in probability_slabs([Voice([Threshold()], (8, 8, 8), tta=False)], np.ones((1, 200, 8, 8), np.float32), 2, batch=1)))
+    slabs, strides = zip(*((s.shape[1], s.strides[0] // s.strides[1]) for s in probability_slabs([EnsembleMember([Threshold()], (8, 8, 8), tta=False)], np.ones((1, 200, 8, 8), np.float32), 2, batch=1)))
     assert sum(slabs) == 200 and max(slabs) <= 8 and max(strides) == 8 # slices from class to class: those that are held
 
 @settings(max_examples=25, deadline=None)
@@ -82,12 +82,12 @@ def test_slabs_equal_the_direct_way(coarse, native, k, seed):
     inside = p
     for axis, (i, o) in enumerate(zip(coarse, native), 1): inside = np.moveaxis(np.tensordot(spline_operator(i, o, 1), inside, (1, axis)), 0, axis)
     direct[:, 1:-1, 1:-1, 1:-1] = inside
-    assert np.allclose(restore_probabilities(p, meta, full), direct, atol=1e-5)
+    assert np.allclose(export_probabilities(p, meta, full), direct, atol=1e-5)
     cuts = np.unique(np.random.default_rng(seed).integers(1, coarse[0], 3)) if coarse[0] > 1 else []
-    out, best = restore(p, meta, full), direct.argmax(0)
-    assert np.allclose(restore_probabilities(np.split(p, cuts, 1), meta | dict(shape=coarse), full), direct, atol=1e-5)
+    out, best = export_labels(p, meta, full), direct.argmax(0)
+    assert np.allclose(export_probabilities(np.split(p, cuts, 1), meta | dict(shape=coarse), full), direct, atol=1e-5)
     margin = np.sort(direct, 0)
-    for o in (out, restore(np.split(p, cuts, 1), meta | dict(shape=coarse), full)): assert (o == best)[margin[-1] - margin[-2] > 1e-4].all()
+    for o in (out, export_labels(np.split(p, cuts, 1), meta | dict(shape=coarse), full)): assert (o == best)[margin[-1] - margin[-2] > 1e-4].all()
 
 @pytest.mark.parametrize('spacing', [(1, 1, 1), (3, .8, .8), (.5, 1.3, .7)])
 def test_there_and_back(spacing):
@@ -96,7 +96,7 @@ def test_there_and_back(spacing):
     at = np.indices((30, 44, 40)); mask = (sum(((at[i] - c) / r)**2 for i, (c, r) in enumerate(((14, 9), (22, 13), (19, 11)))) < 1).astype(np.uint8)
     image = np.zeros((1, *mask.shape), np.float32); image[:, 2:-3, 4:-2, 1:-4] = 5 + mask[2:-3, 4:-2, 1:-4]
     x, y, meta = preprocess_case(image, spacing, plan, (1, 1, 1), mask)
-    back = restore(np.eye(2, dtype=np.float32)[y].transpose(3, 0, 1, 2), meta, mask.shape)
+    back = export_labels(np.eye(2, dtype=np.float32)[y].transpose(3, 0, 1, 2), meta, mask.shape)
     assert back.shape == mask.shape and 2 * (back & mask).sum() / (back.sum() + mask.sum()) > .95
 
 def test_only_the_largest_piece_of_the_classes_that_are_one():

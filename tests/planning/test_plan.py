@@ -21,13 +21,13 @@ def test_reference_table(name, shape, spacing, n, stage_1):
     plan = make_plan(sketch_fingerprint(shape, spacing, n), 'gpu-12gb')
     assert ('3d_cascade' in plan.models) == ('3d_lowres' in plan.models) == (stage_1 is not None)
     if stage_1: assert plan.models['3d_lowres'].median_shape == stage_1
-    assert plan.models['3d'].dice == ('batch' if stage_1 else 'sample')
+    assert plan.models['3d'].batch_dice == bool(stage_1)
 
 def test_hippocampus():
     m = make_plan(sketch_fingerprint((36, 50, 35), n=260, classes=2), 'gpu-12gb').models
-    assert (m['2d'].patch, m['2d'].batch, m['2d'].pools) == ((56, 40), 366, (3, 3))
-    assert (m['3d'].patch, m['3d'].batch, m['3d'].pools) == ((40, 56, 40), 9, (3, 3, 3))
-    assert m['3d'].features == (30, 60, 120, 240) and m['3d'].classes == 3
+    assert (m['2d'].patch_size, m['2d'].batch_size, m['2d'].num_pool_per_axis) == ((56, 40), 366, (3, 3))
+    assert (m['3d'].patch_size, m['3d'].batch_size, m['3d'].num_pool_per_axis) == ((40, 56, 40), 9, (3, 3, 3))
+    assert m['3d'].features_per_stage == (30, 60, 120, 240) and m['3d'].classes == 3
 
 shapes = st.tuples(st.integers(1, 700), st.integers(8, 700), st.integers(8, 700))
 spacings = st.tuples(st.floats(.3, 8), st.floats(.2, 3), st.floats(.2, 3))
@@ -42,33 +42,33 @@ def test_every_plan_keeps_the_rules(shape, spacing, n, hardware, channels, class
     for c in plan.models.values():
         step = hw.step_2d if c.dim == 2 else hw.step_3d
         seen = [i for i in range(3) if i != c.slice_axis]
-        assert math.prod(c.patch) * MIN_BATCH <= step, 'two patches must fit'
-        five_percent = math.floor(.05 * n * math.prod(c.median_shape) / math.prod(c.patch) + .5)
+        assert math.prod(c.patch_size) * MIN_BATCH <= step, 'two patches must fit'
+        five_percent = math.floor(.05 * n * math.prod(c.median_shape) / math.prod(c.patch_size) + .5)
         assert sum(training_memory(c, hw.precision).values()) <= hw.memory, 'a step fits the hardware'
-        by_rule = max(2, min(step // math.prod(c.patch), five_percent))
-        if plan.reasons[f'{c.name}.batch']['tried']: # the rules asked for more memory than there is, and smaller steps were tried
-            assert c.batch <= by_rule and 'would take' in plan.why(f'{c.name}.batch')
-        else: assert c.batch == by_rule
-        assert all(p % 2**k == 0 for p, k in zip(c.patch, c.pools))
-        assert max(c.pools) <= MAX_POOLS[c.dim]
-        bottom = [p // 2**k for p, k in zip(c.patch, c.pools)]
-        assert all(b >= 4 for b, k in zip(bottom, c.pools) if k), 'no axis is halved below 4 voxels'
-        if math.prod(c.median_shape[i] for i in seen) <= step // 2 and not plan.reasons[f'{c.name}.patch']['tried']:
-            assert all(p >= c.median_shape[i] for p, i in zip(c.patch, seen)), 'what fits is seen whole'
-        assert c.features == tuple(min(hw.features * 2**l, MAX_FEATURES[c.dim]) for l in range(len(c.strides)))
-        assert tuple(math.prod(s) for s in zip(*c.strides)) == tuple(2**p for p in c.pools)
-        assert all(a <= b for low, high in zip(c.kernels, c.kernels[1:]) for a, b in zip(low, high)), 'an axis that is convolved stays so'
-        assert all(k == 3 for level, s in zip(c.kernels, c.strides[1:]) for k, st_ in zip(level, s) if st_ == 2), 'an axis is pooled only where it is convolved'
+        by_rule = max(2, min(step // math.prod(c.patch_size), five_percent))
+        if plan.reasons[f'{c.name}.batch_size']['tried']: # the rules asked for more memory than there is, and smaller steps were tried
+            assert c.batch_size <= by_rule and 'would take' in plan.why(f'{c.name}.batch_size')
+        else: assert c.batch_size == by_rule
+        assert all(p % 2**k == 0 for p, k in zip(c.patch_size, c.num_pool_per_axis))
+        assert max(c.num_pool_per_axis) <= MAX_POOLS[c.dim]
+        bottom = [p // 2**k for p, k in zip(c.patch_size, c.num_pool_per_axis)]
+        assert all(b >= 4 for b, k in zip(bottom, c.num_pool_per_axis) if k), 'no axis is halved below 4 voxels'
+        if math.prod(c.median_shape[i] for i in seen) <= step // 2 and not plan.reasons[f'{c.name}.patch_size']['tried']:
+            assert all(p >= c.median_shape[i] for p, i in zip(c.patch_size, seen)), 'what fits is seen whole'
+        assert c.features_per_stage == tuple(min(hw.base_features * 2**l, MAX_FEATURES[c.dim]) for l in range(len(c.strides)))
+        assert tuple(math.prod(s) for s in zip(*c.strides)) == tuple(2**p for p in c.num_pool_per_axis)
+        assert all(a <= b for low, high in zip(c.kernel_sizes, c.kernel_sizes[1:]) for a, b in zip(low, high)), 'an axis that is convolved stays so'
+        assert all(k == 3 for level, s in zip(c.kernel_sizes, c.strides[1:]) for k, st_ in zip(level, s) if st_ == 2), 'an axis is pooled only where it is convolved'
         assert c.in_channels == channels + (classes if c.name == '3d_cascade' else 0) and c.classes == classes + 1
         if c.dim == 2: assert c.spacing[c.slice_axis] == max(c.spacing) or shape[0] == 1
     if '3d_lowres' in plan.models:
         low, full = plan.models['3d_lowres'], plan.models['3d']
         assert not needs_cascade(low.median_shape, hw.step_3d // 2)
         assert all(abs(math.log2(b / a) - round(math.log2(b / a))) < 1e-9 for a, b in zip(full.spacing, low.spacing)), 'steps of two'
-        assert low.dice == 'sample' and full.dice == 'batch'
-        assert plan.models['3d_cascade'].patch == full.patch or 'would take' in plan.why('3d_cascade.batch') # its additional channels take memory, too
+        assert not low.batch_dice and full.batch_dice
+        assert plan.models['3d_cascade'].patch_size == full.patch_size or 'would take' in plan.why('3d_cascade.batch_size') # its additional channels take memory, too
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).to_dict() == plan.to_dict()
-    fields = ('patch', 'batch', 'pools', 'kernels', 'features', 'dice')
+    fields = ('patch_size', 'batch_size', 'num_pool_per_axis', 'kernel_sizes', 'features_per_stage', 'batch_dice')
     assert {f'{m}.{f}' for m in plan.models for f in fields} <= set(plan.reasons)
     assert all(k in plan.why() for k in plan.reasons)
     assert plan.why('spacing').startswith(f'spacing = {plan.models["2d"].spacing}') and plan.why('cascade').startswith(f'cascade = {"yes" if "3d_lowres" in plan.models else "no"}')
@@ -76,14 +76,14 @@ def test_every_plan_keeps_the_rules(shape, spacing, n, hardware, channels, class
 @given(st.lists(st.integers(1, 600), min_size=2, max_size=3))
 def test_equal_spacing_pools_down_to_4_to_7(shape):
     p = pooling(shape, [1.] * len(shape))
-    for s, k in zip(shape, p.pools):
+    for s, k in zip(shape, p.num_pool_per_axis):
         if s < 8: assert k == 0
         elif k < MAX_POOLS[len(shape)]: assert 4 <= s / 2**k < 8
-    assert all(k == 3 for level in p.kernels for k in level)
+    assert all(k == 3 for level in p.kernel_sizes for k in level)
 
 def test_thick_slices_wait():
     p = pooling((40, 256, 256), (5, 1, 1))
-    assert p.kernels[:3] == ((1, 3, 3), (1, 3, 3), (3, 3, 3)) # 5 mm against 1, 2 and 4
+    assert p.kernel_sizes[:3] == ((1, 3, 3), (1, 3, 3), (3, 3, 3)) # 5 mm against 1, 2 and 4
     assert p.strides[:4] == ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2))
 
 def test_finer_axes_are_coarsened_alone_first():
@@ -97,12 +97,12 @@ def test_normalization_follows_the_modality_and_the_crop():
     assert make_plan(sketch_fingerprint((40, 40, 40), cropped=.9), 'cpu').normalization[0]['inside_nonzero'] is False
 
 @pytest.mark.parametrize('change,message', [
-    ({'patch': [40, 56, 41]}, 'multiple of 8'), ({'batch': 0}, 'batch is 0 instead of a whole number'), ({'features': [1, 2]}, 'one entry per level'),
-    ({'kernels': [[3, 3, 3]] * 3 + [[5, 3, 3]]}, r'kernels\[3\]\[0\] is 5 instead of 1 or 3'), ({'dice': 'mean'}, 'dice'), ({'pools': [1, 1, 1]}, 'pools say'), ({'pools': [1, 1]}, 'do not have 3 axes'),
-    ({'spacing': [0, 1, 1]}, r'spacing\[0\] is 0 instead of a number from'), ({'spacing': [1e-9, 1, 1]}, r'spacing\[0\] is 1e-09'), ({'features': [10**9, 1, 1, 1]}, r'features\[0\] is 1000000000 instead of a whole number'),
-    ({'features': [4096] * 4}, 'weights, more than'), ({'patch': [4096] * 3}, 'a training step would take .* TB|a training step would take .* GB, more than'), ({'batch': True}, 'batch is True'), ({'patch': 5}, 'patch is 5 instead of a list'),
+    ({'patch_size': [40, 56, 41]}, 'multiple of 8'), ({'batch_size': 0}, 'batch_size is 0 instead of a whole number'), ({'features_per_stage': [1, 2]}, 'one entry per level'),
+    ({'kernel_sizes': [[3, 3, 3]] * 3 + [[5, 3, 3]]}, r'kernel_sizes\[3\]\[0\] is 5 instead of 1 or 3'), ({'dice': 'mean'}, 'dice'), ({'num_pool_per_axis': [1, 1, 1]}, 'pools say'), ({'num_pool_per_axis': [1, 1]}, 'do not have 3 axes'),
+    ({'spacing': [0, 1, 1]}, r'spacing\[0\] is 0 instead of a number from'), ({'spacing': [1e-9, 1, 1]}, r'spacing\[0\] is 1e-09'), ({'features_per_stage': [10**9, 1, 1, 1]}, r'features_per_stage\[0\] is 1000000000 instead of a whole number'),
+    ({'features_per_stage': [4096] * 4}, 'weights, more than'), ({'patch_size': [4096] * 3}, 'a training step would take .* TB|a training step would take .* GB, more than'), ({'batch_size': True}, 'batch_size is True'), ({'patch_size': 5}, 'patch_size is 5 instead of a list'),
     ({'slice_axis': 0}, 'a 3D model has none'), ({'stage': 'lowres'}, 'sees stage lowres'), ({'name': '2d'}, 'has dimension 3|is called'), ({'name': '../x'}, "name is '../x'"), ({'median_shape': [10**6] * 3}, 'median_shape'),
-    ({'in_channels': 2}, 'in_channels 2'), ({'classes': 5}, 'classes 5'), ({'spacing': [2, 1, 1]}, 'different spacing'), ({'features': [1] * 33, 'strides': [[1] * 3] * 33, 'kernels': [[3] * 3] * 33, 'pools': [0] * 3}, '33 levels')])
+    ({'in_channels': 2}, 'in_channels 2'), ({'classes': 5}, 'classes 5'), ({'spacing': [2, 1, 1]}, 'different spacing'), ({'features_per_stage': [1] * 33, 'strides': [[1] * 3] * 33, 'kernel_sizes': [[3] * 3] * 33, 'num_pool_per_axis': [0] * 3}, '33 levels')])
 def test_a_plan_that_cannot_work_is_refused(change, message):
     d = json.loads(json.dumps(make_plan(sketch_fingerprint((36, 50, 35), n=260), 'gpu-12gb').to_dict()))
     d['models']['3d'] |= change
@@ -116,7 +116,7 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path):
 def test_memory_steps_in_only_where_the_rules_ask_for_too_much():
     "Hundreds of classes: a smaller step; the reference datasets: untouched"
     few, many = (make_plan(sketch_fingerprint((200, 300, 300), n=50, classes=k), 'gpu-12gb') for k in (3, 900))
-    assert math.prod(many.models['3d'].patch) < math.prod(few.models['3d'].patch)
-    assert not few.reasons['3d.batch']['tried'] and many.reasons['3d.batch']['tried']
+    assert math.prod(many.models['3d'].patch_size) < math.prod(few.models['3d'].patch_size)
+    assert not few.reasons['3d.batch_size']['tried'] and many.reasons['3d.batch_size']['tried']
     hw = HARDWARE['gpu-12gb']
     assert all(sum(training_memory(c, hw.precision).values()) <= hw.memory for c in many.models.values())

@@ -3,9 +3,9 @@ import math, re
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from autounet_nb.core.errors import InputError
-from autounet_nb.planning.what_if import diff, explain, planned, suppose, what_if
+from autounet_nb.planning.what_if import diff, explain, planned_values, with_one_changed, what_if
 from autounet_nb.planning.memory import count_weights, training_memory
-from autounet_nb.planning.design import dataset_facts
+from autounet_nb.planning.design import dataset_statistics
 from autounet_nb.planning.plan import decide, make_plan
 from autounet_nb.planning.rules import read_hardware, sketch_fingerprint
 from autounet_nb.planning.settings import read_edits
@@ -21,8 +21,8 @@ def forward_and_backward(c, device):
     "One step of the network of a plan; the shape of what comes out"
     with torch.device(device):
         net = build_unet(c)
-        out = net(torch.zeros(c.batch, c.in_channels, *c.patch))
-    assert out.shape == (c.batch, c.classes, *c.patch)
+        out = net(torch.zeros(c.batch_size, c.in_channels, *c.patch_size))
+    assert out.shape == (c.batch_size, c.classes, *c.patch_size)
     out.sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
     assert sum(p.numel() for p in net.parameters()) == count_weights(c)
@@ -36,28 +36,28 @@ def test_every_plan_runs_fits_and_answers(shape, spacing, n, channels, classes, 
     assert all(sum(training_memory(c, hw.precision).values()) <= hw.memory for c in plan.models.values())
     c = plan.models[data.draw(st.sampled_from(sorted(plan.models)))]
     forward_and_backward(c, 'meta')
-    if math.prod(c.patch) * c.batch * c.features[0] < 60_000 and count_weights(c) < 3e6: forward_and_backward(c, 'cpu')
-    key = data.draw(st.sampled_from(sorted(planned(plan))))
+    if math.prod(c.patch_size) * c.batch_size * c.features_per_stage[0] < 60_000 and count_weights(c) < 3e6: forward_and_backward(c, 'cpu')
+    key = data.draw(st.sampled_from(sorted(planned_values(plan))))
     for change in what_if(fp, plan, key):
-        assert planned(plan)[change.key] == change.value
-        facts, other = suppose(dataset_facts(fp), hardware, change.fact, change.new)
-        assert planned(decide(facts, other)).get(change.key) == change.becomes != change.value, str(change)
+        assert planned_values(plan)[change.key] == change.value
+        facts, other = with_one_changed(dataset_statistics(fp), hardware, change.fact, change.new)
+        assert planned_values(decide(facts, other)).get(change.key) == change.becomes != change.value, str(change)
 
 def test_a_change_is_the_nearest():
     "One case fewer than said, one voxel fewer than said: the value is still the same"
     fp = sketch_fingerprint((36, 50, 35), n=260, classes=2)
-    plan, facts = make_plan(fp, 'gpu-12gb'), dataset_facts(fp)
+    plan, facts = make_plan(fp, 'gpu-12gb'), dataset_statistics(fp)
     checked = 0
     for c in what_if(fp, plan, '3d.'):
         if c.fact != 'cases' and not c.fact.startswith('median_shape'): continue
         nearer = c.new + (1 if c.new < c.old else -1)
-        assert nearer == c.old or planned(decide(*suppose(facts, 'gpu-12gb', c.fact, nearer)))[c.key] == c.value
+        assert nearer == c.old or planned_values(decide(*with_one_changed(facts, 'gpu-12gb', c.fact, nearer)))[c.key] == c.value
         checked += 1
     assert checked > 5
-    assert 'with 12 more cases' in explain(fp, plan, '3d.batch') or 'more cases' in explain(fp, plan, '3d.batch')
+    assert 'with 12 more cases' in explain(fp, plan, '3d.batch_size') or 'more cases' in explain(fp, plan, '3d.batch_size')
 
 axes = lambda low, high: st.lists(st.integers(low, high), min_size=3, max_size=3)
-edits = st.fixed_dictionaries({}, optional={'3d.patch': axes(1, 300), '3d.batch': st.integers(1, 64), '3d.features': st.integers(1, 200), '3d.pools': axes(0, 6), '3d.dice': st.sampled_from(['batch', 'sample']),
+edits = st.fixed_dictionaries({}, optional={'3d.patch_size': axes(1, 300), '3d.batch_size': st.integers(1, 64), '3d.features_per_stage': st.integers(1, 200), '3d.num_pool_per_axis': axes(0, 6), '3d.batch_dice': st.booleans(),
                                             'cases': st.integers(1, 900), 'cascade': st.sampled_from(['yes', 'no']), 'normalization': st.sampled_from(['ct', 'zscore', 'nonzero'])})
 
 @settings(max_examples=150, deadline=None)
@@ -75,17 +75,17 @@ def test_what_is_set_by_hand_is_kept_or_refused_with_what_works(edits, hardware)
             plan = make_plan(fp, hardware, advised)
     if advised != edits: return
     c = plan.models['3d']
-    if '3d.patch' in edits: assert all(p >= q and p - q < 2**k for p, q, k in zip(c.patch, edits['3d.patch'], c.pools)), 'padded to what pooling needs, and no more'
-    if '3d.batch' in edits: assert c.batch == edits['3d.batch']
-    if '3d.features' in edits: assert c.features[0] == edits['3d.features']
-    if '3d.pools' in edits: assert all(a <= b for a, b in zip(c.pools, edits['3d.pools']))
-    if '3d.dice' in edits: assert c.dice == edits['3d.dice']
+    if '3d.patch_size' in edits: assert all(p >= q and p - q < 2**k for p, q, k in zip(c.patch_size, edits['3d.patch_size'], c.num_pool_per_axis)), 'padded to what pooling needs, and no more'
+    if '3d.batch_size' in edits: assert c.batch_size == edits['3d.batch_size']
+    if '3d.features_per_stage' in edits: assert c.features_per_stage[0] == edits['3d.features_per_stage']
+    if '3d.num_pool_per_axis' in edits: assert all(a <= b for a, b in zip(c.num_pool_per_axis, edits['3d.num_pool_per_axis']))
+    if '3d.batch_dice' in edits: assert c.batch_dice == edits['3d.batch_dice']
     assert ('3d_cascade' in plan.models) == (edits['cascade'] == 'yes') if 'cascade' in edits else True
     assert plan.edits == read_edits(edits) and ('set by hand' in repr(plan)) == bool(edits)
     assert all(plan.reasons[k]['rule'] == 'set by hand' for k in edits if k in plan.reasons)
     assert make_plan(fp, hardware, plan.edits).to_dict() == plan.to_dict()
 
-@pytest.mark.parametrize('edits', [{'3d.patch': [160, 160, 160], '3d.batch': 2}, {'3d.batch': 60}, {'3d.features': 240, '3d.patch': [40, 56, 40], '3d.batch': 30}, {'3d.patch': [512] * 3, '3d_cascade.batch': 3}])
+@pytest.mark.parametrize('edits', [{'3d.patch_size': [160, 160, 160], '3d.batch_size': 2}, {'3d.batch_size': 60}, {'3d.features_per_stage': 240, '3d.patch_size': [40, 56, 40], '3d.batch_size': 30}, {'3d.patch_size': [512] * 3, '3d_cascade.batch_size': 3}])
 def test_advice_holds_for_both_models_that_take_a_setting(edits):
     "150 classes: what fits the 3D network does not fit the cascade's second stage, which has as many channels more"
     fp = sketch_fingerprint((36, 50, 35), n=260, classes=150)
@@ -97,22 +97,22 @@ def test_advice_holds_for_both_models_that_take_a_setting(edits):
 
 def test_what_is_set_for_the_second_stage_is_called_by_its_name():
     fp = sketch_fingerprint((36, 50, 35), n=260, classes=20)
-    with pytest.raises(InputError, match='3d_cascade needs .* fits is 3d_cascade.batch=81'): make_plan(fp, 'gpu-12gb', {'cascade': 'yes', '3d.batch': 83, '3d_cascade.batch': 500})
-    with pytest.raises(InputError, match='3d_cascade needs .* fits is 3d.batch=81'): make_plan(fp, 'gpu-12gb', {'cascade': 'yes', '3d.batch': 83})
-    with pytest.raises(InputError, match='^3d.features has 4 numbers, the network of 3d_cascade has 2 levels'): make_plan(fp, 'gpu-12gb', {'cascade': 'yes', '3d.features': [8, 9, 10, 11], '3d_cascade.pools': 1})
+    with pytest.raises(InputError, match='3d_cascade needs .* fits is 3d_cascade.batch_size=81'): make_plan(fp, 'gpu-12gb', {'cascade': 'yes', '3d.batch_size': 83, '3d_cascade.batch_size': 500})
+    with pytest.raises(InputError, match='3d_cascade needs .* fits is 3d.batch_size=81'): make_plan(fp, 'gpu-12gb', {'cascade': 'yes', '3d.batch_size': 83})
+    with pytest.raises(InputError, match='^3d.features_per_stage has 4 numbers, the network of 3d_cascade has 2 levels'): make_plan(fp, 'gpu-12gb', {'cascade': 'yes', '3d.features_per_stage': [8, 9, 10, 11], '3d_cascade.num_pool_per_axis': 1})
 
 def test_an_edited_plan_keeps_what_was_not_edited():
     fp = sketch_fingerprint((96, 160, 160), (2, 1, 1), n=40, classes=3)
-    a, b = make_plan(fp, 'gpu-12gb'), make_plan(fp, 'gpu-12gb', ['2d.batch=3'])
-    assert {d.key for d in diff(a, b).differences} == {'2d.batch'} and diff(a, b).redo == ('train 2d',)
-    assert a.models['3d'] == b.models['3d'] and not a.edits and b.edits == {'2d.batch': 3}
+    a, b = make_plan(fp, 'gpu-12gb'), make_plan(fp, 'gpu-12gb', ['2d.batch_size=3'])
+    assert {d.key for d in diff(a, b).differences} == {'2d.batch_size'} and diff(a, b).redo == ('train 2d',)
+    assert a.models['3d'] == b.models['3d'] and not a.edits and b.edits == {'2d.batch_size': 3}
 
 def test_hypothetical_cases_are_like_real_ones():
     few, many = (sketch_fingerprint((36, 50, 35), n=n, classes=2) for n in (30, 260))
     assert make_plan(few, 'gpu-12gb', {'cases': 260}).models == make_plan(many, 'gpu-12gb').models != make_plan(few, 'gpu-12gb').models
 
-@pytest.mark.parametrize('text,words', [('3d.patch=64,64', '3 whole numbers'), ('nothing', 'no setting'), ('3d.patch', '3 whole numbers'), ('3d.batch=0', 'from 1 to 4096'), ('3d.batch=1.5', 'whole number'),
-                                        ('../x.patch=1,1,1', 'no setting'), ('spacing=nan,1,1', 'lengths'), ('3d.features=1,2', 'one per level'), ('3d_lowres.spacing=9,9,9', 'cascade=yes'), ('cases=1e9', 'whole number')])
+@pytest.mark.parametrize('text,words', [('3d.patch_size=64,64', '3 whole numbers'), ('nothing', 'no setting'), ('3d.patch_size', '3 whole numbers'), ('3d.batch_size=0', 'from 1 to 4096'), ('3d.batch_size=1.5', 'whole number'),
+                                        ('../x.patch_size=1,1,1', 'no setting'), ('spacing=nan,1,1', 'lengths'), ('3d.features_per_stage=1,2', 'one per level'), ('3d_lowres.spacing=9,9,9', 'cascade=yes'), ('cases=1e9', 'whole number')])
 def test_nonsense_is_refused_in_one_sentence(text, words):
     with pytest.raises(InputError, match=re.escape(words)) as e: make_plan(sketch_fingerprint((36, 50, 35), n=20), 'cpu', [text])
     assert '\n' not in str(e.value)

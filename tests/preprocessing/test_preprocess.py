@@ -12,7 +12,7 @@ from autounet_nb.planning.fingerprint import extract_fingerprint, nonzero_mask
 from autounet_nb.data.phantom import make_phantoms, phantom
 from autounet_nb.planning.plan import Plan, make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
-from autounet_nb.preprocessing.preprocess import Prepared, normalize, preprocess, preprocess_case
+from autounet_nb.preprocessing.preprocess import PreprocessedCase, normalize, preprocess, preprocess_case
 from autounet_nb.preprocessing.resample import resample
 
 ZSCORE, INSIDE = dict(scheme='zscore', inside_nonzero=False), dict(scheme='zscore', inside_nonzero=True)
@@ -149,7 +149,7 @@ def test_both_stages_of_a_cascade(tmp_path):
 def test_nothing_is_unpickled(dataset, plan, tmp_path):
     case = preprocess(dataset, plan, tmp_path, workers=1)[0]
     np.savez(case.folder/f'{case.id}_points.npz', **{'1': np.array([{'any': 'object'}], object)})
-    with pytest.raises(ValueError, match='allow_pickle'): Prepared(case.folder, case.id).points[1]
+    with pytest.raises(ValueError, match='allow_pickle'): PreprocessedCase(case.folder, case.id).points[1]
 
 # again, changed, killed, bad
 
@@ -177,7 +177,7 @@ def test_another_plan_redoes_all(dataset, plan, tmp_path, change):
 
 def test_what_does_not_matter_redoes_nothing(dataset, plan, tmp_path):
     preprocess(dataset, plan, tmp_path, workers=1); before = times(tmp_path)
-    preprocess(dataset, replace(plan, hardware='gpu-12gb', reasons={}, models={k: replace(m, batch=m.batch + 1) for k, m in plan.models.items()}), tmp_path, workers=1)
+    preprocess(dataset, replace(plan, hardware='gpu-12gb', reasons={}, models={k: replace(m, batch_size=m.batch_size + 1) for k, m in plan.models.items()}), tmp_path, workers=1)
     assert times(tmp_path) == before
 
 @pytest.mark.parametrize('lost', ('.b2nd', '_label.b2nd', '_points.npz', '.json'))
@@ -259,8 +259,8 @@ def test_errors_that_are_nobodys_data_are_named_too(dataset, plan, tmp_path, mon
 
 def test_a_stage_that_the_plan_lacks_and_a_case_that_is_not_there(dataset, plan, tmp_path):
     with pytest.raises(InputError, match="stage 'lowres'"): preprocess(dataset, plan, tmp_path, 'lowres', workers=1)
-    with pytest.raises(InputError, match='nobody'): assert Prepared(tmp_path, 'nobody').image
-    with pytest.raises(InputError, match='nobody'): assert Prepared(tmp_path, 'nobody').meta
+    with pytest.raises(InputError, match='nobody'): assert PreprocessedCase(tmp_path, 'nobody').image
+    with pytest.raises(InputError, match='nobody'): assert PreprocessedCase(tmp_path, 'nobody').meta
 
 # and back
 

@@ -3,11 +3,11 @@ from dataclasses import replace
 import math
 import pytest, torch
 from autounet_nb.core.errors import InputError
-from autounet_nb.training.augment import Drawn, augment, augment_2d, augment_3d, draw, flat_axis, gamma, mirror, spatial, step_generator
+from autounet_nb.training.augment import SampledParams, augment, augment_2d, augment_3d, sample_params, flat_axis, gamma, mirror, spatial, step_generator
 
 def nothing(shape, params=augment_3d):
     "Parameters that change nothing"
-    return draw(replace(params, p_rotation=0, p_scaling=0, p_elastic=0, p_gamma=0, p_mirror=0), shape, torch.Generator().manual_seed(0))
+    return sample_params(replace(params, p_rotation=0, p_scaling=0, p_elastic=0, p_gamma=0, p_mirror=0), shape, torch.Generator().manual_seed(0))
 
 def ball(size=(32, 36, 40), center=(16., 18., 20.), radius=8.):
     "A ball as image (soft) and mask, batch of one"
@@ -48,7 +48,7 @@ def test_image_and_mask_stay_together():
     g = torch.Generator().manual_seed(1)
     always = replace(augment_3d, p_rotation=1, p_scaling=1, p_elastic=1)
     for _ in range(5):
-        x2, y2 = spatial(x, y, draw(always, x.shape, g))
+        x2, y2 = spatial(x, y, sample_params(always, x.shape, g))
         a, b = x2[0, 0] > .5, y2[0] > 0
         assert 2 * (a & b).sum() / (a.sum() + b.sum()) > .93 and not torch.equal(y2, y)
         assert set(y2.unique().tolist()) <= {0, 1}
@@ -58,7 +58,7 @@ def test_flat_patches_are_bent_in_their_plane_only():
     x, y = torch.randn(1, 1, 8, 40, 40), torch.zeros(1, 8, 40, 40, dtype=torch.long)
     y[:, 3, 10:30, 10:30] = 1
     always = replace(augment_2d, p_rotation=1, p_scaling=1, p_elastic=1, p_mirror=0)
-    d = draw(always, x.shape, torch.Generator().manual_seed(0))
+    d = sample_params(always, x.shape, torch.Generator().manual_seed(0))
     _, y2 = spatial(x, y, d)
     assert d.angle.shape == (1, 1) and y2[:, 3].any() and not y2[:, [0, 1, 2, 4, 5, 6, 7]].any()
 
@@ -67,11 +67,11 @@ def test_flat_patches_are_bent_in_their_plane_only():
 def test_each_sample_of_a_batch_moves_as_it_would_alone(patch, piece, monkeypatch):
     monkeypatch.setattr('autounet_nb.training.augment.PIECE', piece) # a few slices at a time, or all of them
     x, y = torch.randn(4, 2, *patch), torch.randint(0, 3, (4, *patch))
-    d = draw(replace(augment_3d, p_rotation=1, p_scaling=1, p_elastic=1), x.shape, torch.Generator().manual_seed(0))
+    d = sample_params(replace(augment_3d, p_rotation=1, p_scaling=1, p_elastic=1), x.shape, torch.Generator().manual_seed(0))
     for v, still in zip(d, nothing(x.shape)): v[[0, 2]] = still[[0, 2]]
     x2, y2 = spatial(x, y, d)
     for i in range(4):
-        x1, y1 = spatial(x[i:i + 1], y[i:i + 1], Drawn(*(v[i:i + 1] for v in d)))
+        x1, y1 = spatial(x[i:i + 1], y[i:i + 1], SampledParams(*(v[i:i + 1] for v in d)))
         assert torch.allclose(x2[i], x1[0], atol=1e-5) and torch.equal(y2[i], y1[0]) and torch.equal(x2[i], x[i]) == (i in (0, 2))
 
 def test_gamma_keeps_mean_sd_and_order():
@@ -87,7 +87,7 @@ def test_mirror_flips_the_drawn_axes_of_the_drawn_samples():
     assert torch.equal(x2[0], x[0].flip(1, 3)) and torch.equal(y2[0], y[0].flip(0, 2)) and torch.equal(x2[1], x[1])
 
 def test_how_often_things_happen():
-    d = draw(augment_3d, (4000, 1, 8, 8, 8), torch.Generator().manual_seed(0))
+    d = sample_params(augment_3d, (4000, 1, 8, 8, 8), torch.Generator().manual_seed(0))
     assert abs((d.angle != 0).any(1).float().mean() - augment_3d.p_rotation) < .03
     assert abs((d.size != 1).float().mean() - augment_3d.p_scaling) < .03 and .7 <= d.size.min() and d.size.max() <= 1.4
     assert abs(d.flip.float().mean() - .5) < .02 and d.angle.abs().max() <= math.radians(augment_3d.rotation)

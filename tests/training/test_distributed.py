@@ -12,11 +12,11 @@ from autounet_nb.planning.fingerprint import Fingerprint
 from autounet_nb.training.patches import patch_dls
 from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.planning.plan import Plan, make_plan
-from autounet_nb.preprocessing.preprocess import Prepared, write_array
+from autounet_nb.preprocessing.preprocess import PreprocessedCase, write_array
 from autounet_nb.app.run import prepare
 from autounet_nb.training.schedule import Budget, read_history
-from autounet_nb.core.distributed import place
-from autounet_nb.training.train import ShortNumbers, fit_learner, get_learner, prepared_cases, train_fold
+from autounet_nb.core.distributed import rank_and_size
+from autounet_nb.training.train import BFloat16Autocast, fit_learner, get_learner, preprocessed_cases, train_fold
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
@@ -26,7 +26,7 @@ def work(tmp_path_factory):
     prepare(scan(root/'scans'), root/'work', hardware='cpu', workers=1)
     make_plan(Fingerprint.load(root/'work/fingerprint.json'), 'cpu', ['cascade=yes']).save(root/'work/plan.json')
     for f in (root/'work/prep/full').glob('*.json'):
-        write_array(root/'work/first_stage'/f'{f.stem}.b2nd', Prepared(f.parent, f.stem).label[:], 0)
+        write_array(root/'work/first_stage'/f'{f.stem}.b2nd', PreprocessedCase(f.parent, f.stem).label[:], 0)
         shutil.copy(f, root/'work/first_stage')
     return root/'work'
 
@@ -42,7 +42,7 @@ def outcome(folder):
 
 class SinglePrecision(Callback):
     "Short numbers would hide in their rounding what is looked for here"
-    def before_fit(self): self.learn.remove_cb(ShortNumbers)
+    def before_fit(self): self.learn.remove_cb(BFloat16Autocast)
 
 def anew(work, model, cbs=(), **kw):
     "What comes out of a training that nobody began"
@@ -66,19 +66,19 @@ def test_batches_are_laid_out_when_all_their_channels_are_there(work):
     anew(work, '3d_cascade', cbs=[Layouts()], steps=2)
     assert Layouts.seen == {(3, True, False)} # image, and two classes of the first stage
 
-@pytest.mark.parametrize('model, dice', [('2d', 'batch'), ('3d', 'sample'), ('3d_cascade', 'batch')])
+@pytest.mark.parametrize('model, dice', [('2d', True), ('3d', False), ('3d_cascade', True)])
 def test_two_processes_give_the_curve_of_one(work, model, dice):
-    planned(work, dice=dice, batch=4)
+    planned(work, batch_dice=dice, batch_size=4)
     same(anew(work, model, steps=10), anew(work, model, steps=10, processes=2))
 
 class Die(Callback):
     "Kills the second process at a step"
     order = 90
     def after_batch(self):
-        if place()[0] and self.learn.journal.step == 7: os.kill(os.getpid(), signal.SIGKILL)
+        if rank_and_size()[0] and self.learn.training_log.step == 7: os.kill(os.getpid(), signal.SIGKILL)
 
 def test_one_process_goes_on_where_two_were_killed(work):
-    planned(work, dice='batch', batch=4)
+    planned(work, batch_dice=True, batch_size=4)
     whole = anew(work, '3d', steps=10)
     with pytest.raises(InputError, match='Process 1 of the 2 that shared a training was ended'): anew(work, '3d', steps=10, processes=2, cbs=[Die()])
     checkpoint = work/'models/3d/fold_0/checkpoint.safetensors'
@@ -86,12 +86,12 @@ def test_one_process_goes_on_where_two_were_killed(work):
     same(whole, outcome(train_fold(work, '3d', 0, device='cpu', seed=1, steps=10, cbs=[SinglePrecision()])))
 
 def test_a_budget_on_the_clock_ends_for_both_at_once(work):
-    planned(work, dice='sample', batch=4)
+    planned(work, batch_dice=False, batch_size=4)
     rows, _ = anew(work, '3d', minutes=.15, processes=2)
     assert rows[-1, 0] > 1 and rows[-1, 1] < 1e-3
 
 def test_a_batch_that_cannot_be_shared_is_refused(work, autounet, one_line):
-    planned(work, batch=4)
+    planned(work, batch_size=4)
     one_line(autounet('train', work, '--model', '3d', '--steps', '2', '--device', 'cpu', '--processes', '3'), 'Model 3d', 'batches of 4', '3 processes')
 
 def test_without_accelerate_it_says_what_to_install(work, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_cluster_and_shared_trainings_are_not_mixed(work, autounet, one_line):
     one_line(autounet('run', work.parent/'scans', work.parent/'other', '--cluster', 'local:2', '--processes', '2'), '--processes')
 
 def test_ctrl_c_leaves_a_usable_model_and_no_process(work):
-    planned(work, batch=4)
+    planned(work, batch_size=4)
     shutil.rmtree(work/'models', ignore_errors=True)
     p = subprocess.Popen([str(Path(sys.executable).with_name('autounet')), 'train', str(work), '--model', '3d', '--steps', '2000', '--device', 'cpu', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     until = time.monotonic() + 120
@@ -115,7 +115,7 @@ def test_ctrl_c_leaves_a_usable_model_and_no_process(work):
     assert read_json(work/'models/3d/fold_0/model.json')['finished'] is False
     assert not psutil.wait_procs(members, timeout=10)[1]
 
-class Deadly(Prepared):
+class Deadly(PreprocessedCase):
     "A case that kills the process that loads it"
     @property
     def image(self):
@@ -123,8 +123,8 @@ class Deadly(Prepared):
         return super().image
 
 def test_a_loader_that_is_killed_names_the_case(work):
-    planned(work, dice='sample', batch=4)
+    planned(work, batch_dice=False, batch_size=4)
     config = Plan.load(work/'plan.json').models['3d']
-    cases = prepared_cases(work, config, sorted(f.stem for f in (work/'prep/full').glob('*.json')))
+    cases = preprocessed_cases(work, config, sorted(f.stem for f in (work/'prep/full').glob('*.json')))
     dls = patch_dls([*cases[:4], Deadly(cases[4].folder, cases[4].id)], cases[5:], config, workers=2)
     with pytest.raises(InputError, match=f'case {cases[4].id}: the process that loaded patches of it was killed'): fit_learner(get_learner(dls, config, schedule=Budget(steps=50)))

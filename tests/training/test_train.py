@@ -10,7 +10,7 @@ from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.planning.plan import make_plan
 from autounet_nb.preprocessing.preprocess import preprocess
 from autounet_nb.training.schedule import PaperSchedule, one_cycle
-from autounet_nb.training.train import small_steps, train_fold
+from autounet_nb.training.train import small_batches, train_fold
 from autounet_nb.training.weights import load_model, load_tensors, save_tensors
 
 @pytest.fixture(scope='module')
@@ -41,8 +41,8 @@ def test_more_than_a_third_of_each_batch_has_foreground(prepared, model):
     c = plan.models[model]
     ds = PatchDataset(cases, c)
     for b in range(6):
-        n = sum(bool((ds[b * c.batch + i][1] > 0).any()) for i in range(c.batch))
-        assert n >= forced_foreground(c.batch) > c.batch / 3
+        n = sum(bool((ds[b * c.batch_size + i][1] > 0).any()) for i in range(c.batch_size))
+        assert n >= forced_foreground(c.batch_size) > c.batch_size / 3
 
 def test_the_papers_schedule_counts_epochs():
     s = PaperSchedule()
@@ -58,11 +58,11 @@ def test_one_cycle_rises_once_and_falls_once():
 
 def test_minutes_on_a_cpu_have_small_steps_and_their_number_does_not(prepared):
     work, plan, _ = prepared
-    batch = lambda **kw: json.loads((train_fold(work, '2d', 0, device='cpu', **kw)/'model.json').read_text())['config']['batch']
+    batch = lambda **kw: json.loads((train_fold(work, '2d', 0, device='cpu', **kw)/'model.json').read_text())['config']['batch_size']
     asked = plan.models['2d']
-    few = small_steps(asked).batch
-    assert few == max(1, min(asked.batch, 2**15 // (asked.patch[0] * asked.patch[1])))
-    assert batch(steps=2) == asked.batch and batch(minutes=.02) == few
+    few = small_batches(asked).batch_size
+    assert few == max(1, min(asked.batch_size, 2**15 // (asked.patch_size[0] * asked.patch_size[1])))
+    assert batch(steps=2) == asked.batch_size and batch(minutes=.02) == few
 
 def test_minutes_are_minutes(prepared):
     "On the clock: between 0.5 and 1.5 of the time asked for, and the learning rate has come down"

@@ -15,9 +15,9 @@ def test_every_planned_network_keeps_the_size_and_learns(shape, thickness, chann
     for c in plan.models.values():
         with torch.device('meta'):
             net = build_unet(c)
-            y = net(torch.zeros(c.batch, c.in_channels, *c.patch))
+            y = net(torch.zeros(c.batch_size, c.in_channels, *c.patch_size))
             y.sum().backward()
-        assert y.shape == (c.batch, c.classes, *c.patch)
+        assert y.shape == (c.batch_size, c.classes, *c.patch_size)
         assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
 
 def test_weights_counted_by_hand():

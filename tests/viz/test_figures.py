@@ -157,7 +157,7 @@ def test_datasets_without_masks_or_cases(datasets):
 # ---- a plan
 
 def in_mm(c):
-    patch = list(c.patch) if c.dim == 3 else [*c.patch[:c.slice_axis], 1, *c.patch[c.slice_axis:]]
+    patch = list(c.patch_size) if c.dim == 3 else [*c.patch_size[:c.slice_axis], 1, *c.patch_size[c.slice_axis:]]
     return np.multiply(patch, c.spacing)
 
 @plans
@@ -166,15 +166,15 @@ def test_patch_is_drawn_to_scale(plan):
     assert len(fig.axes) == len(plan.models)
     for ax, c in zip(fig.axes, plan.models.values()):
         z, y, x = in_mm(c)
-        rects = [p for p in ax.patches if p.get_gid() == 'patch']
+        rects = [p for p in ax.patches if p.get_gid() == 'patch_size']
         assert np.allclose([(p.get_height(), p.get_width()) for p in rects], [(y, x), (z, x), (z, y)][:1 if c.median_shape[0] == 1 else 3])
         assert ax.get_aspect() == 1
         lit = [p.get_linewidth() > 1.2 for p in rects]
         assert lit == [c.dim == 3 or axis == c.slice_axis for axis in range(3)][:len(rects)], 'one plane of a 2D network is lit'
-        cases = [p for p in ax.patches if p.get_gid() != 'patch']
+        cases = [p for p in ax.patches if p.get_gid() != 'patch_size']
         for p, q in zip(rects, cases): # around the same point
             assert np.allclose(p.get_center(), q.get_center())
-        assert f'{c.name}: {shape_text(c.patch)} voxels' in ax.get_title()
+        assert f'{c.name}: {shape_text(c.patch_size)} voxels' in ax.get_title()
         for i in range(3):
             if i != c.slice_axis: assert f'{in_mm(c)[i]:.3g}' in ax.get_title().partition('=')[2]
         corners = np.array([p.get_window_extent().extents for p in ax.patches])
@@ -190,7 +190,7 @@ def test_patch_on_a_scan(datasets):
     for ax in fig.axes:
         sizes = [(e[2] - e[3], e[1] - e[0]) for e in (i.get_extent() for i in ax.images)]
         assert np.allclose(sizes, [(y, x), (z, x), (z, y)])
-        for image, rect in zip(ax.images, [p for p in ax.patches if p.get_gid() == 'patch']):
+        for image, rect in zip(ax.images, [p for p in ax.patches if p.get_gid() == 'patch_size']):
             left, right, bottom, top = image.get_extent()
             assert np.allclose(rect.get_center(), ((left + right) / 2, (bottom + top) / 2))
     for image, spacing in ((s.image, s.geometry.spacing), (s.image[0], None)):
@@ -203,27 +203,27 @@ def test_unet_names_what_is_at_each_level(c):
     fig = inside(plot_unet(c))
     ax, = fig.axes
     apart(ax)
-    levels, size = len(c.features), np.array(c.patch)
+    levels, size = len(c.features_per_stage), np.array(c.patch_size)
     widths = []
     for l in range(levels):
         size = size // c.strides[l]
         boxes = [p for p in ax.patches if p.get_gid() == f'level {l}']
         assert len(boxes) == (1 if l == levels - 1 else 2), 'a box on each arm, and one at the bottom'
         y = boxes[0].get_center()[1]
-        assert [t.get_text() for t in ax.texts if t.get_text() and abs(t.get_position()[1] - y) < 1e-6] == [f'{c.features[l]} maps'] * len(boxes)
-        assert np.isclose(boxes[0].get_height(), 1.4 * (np.prod(size) / math.prod(c.patch))**(1 / c.dim)), 'height as the size'
-        waits = 1 in c.kernels[l]
+        assert [t.get_text() for t in ax.texts if t.get_text() and abs(t.get_position()[1] - y) < 1e-6] == [f'{c.features_per_stage[l]} maps'] * len(boxes)
+        assert np.isclose(boxes[0].get_height(), 1.4 * (np.prod(size) / math.prod(c.patch_size))**(1 / c.dim)), 'height as the size'
+        waits = 1 in c.kernel_sizes[l]
         assert all((p.get_facecolor()[0] > p.get_facecolor()[2]) == waits for p in boxes), 'orange where an axis waits'
         assert shape_text(size.tolist()) in texts(ax)
         widths.append(boxes[0].get_width())
-    assert np.allclose(np.divide(widths, widths[0]), np.divide(c.features, c.features[0])), 'width as the feature maps'
-    for word, values in (('kernel', c.kernels), ('pool', c.strides[1:]), ('up', c.strides[1:])):
+    assert np.allclose(np.divide(widths, widths[0]), np.divide(c.features_per_stage, c.features_per_stage[0])), 'width as the feature maps'
+    for word, values in (('kernel', c.kernel_sizes), ('pool', c.strides[1:]), ('up', c.strides[1:])):
         assert [t for t in texts(ax) if t.startswith(word + ' ')] == [f'{word} {shape_text(v)}' for v in values]
     assert any(t.startswith(f'{c.in_channels} channel') for t in texts(ax)) and f'{c.classes} classes out' in texts(ax)
     arrows = [t for t in ax.texts if t.get_text() == '']
     assert len(arrows) == 3 * (levels - 1) + 2, 'down, up and across between levels, in and out'
 
-def test_unets_are_of_all_depths(): assert {len(c.features) for c in CONFIGS.values()} >= {1, 4, 5, 6, 7}
+def test_unets_are_of_all_depths(): assert {len(c.features_per_stage) for c in CONFIGS.values()} >= {1, 4, 5, 6, 7}
 
 @plans
 def test_step_is_what_the_plan_says(plan):
@@ -231,9 +231,9 @@ def test_step_is_what_the_plan_says(plan):
     assert len(fig.axes) == 2 * len(plan.models)
     for c, batch, memory in zip(plan.models.values(), fig.axes[::2], fig.axes[1::2]):
         bar, = batch.patches
-        assert bar.get_x() == 0 and bar.get_width() == c.batch and batch.get_xlim()[0] == 0
-        assert f'{c.batch * math.prod(c.patch):,} voxels' in batch.get_title('left')
-        limits = {'fit the hardware': (hw.step_2d if c.dim == 2 else hw.step_3d) / math.prod(c.patch), 'are 5 % of the data': plan.reasons[f'{c.name}.batch']['numbers']['five_percent']}
+        assert bar.get_x() == 0 and bar.get_width() == c.batch_size and batch.get_xlim()[0] == 0
+        assert f'{c.batch_size * math.prod(c.patch_size):,} voxels' in batch.get_title('left')
+        limits = {'fit the hardware': (hw.step_2d if c.dim == 2 else hw.step_3d) / math.prod(c.patch_size), 'are 5 % of the data': plan.reasons[f'{c.name}.batch_size']['numbers']['five_percent']}
         lines = {l.get_gid(): l.get_xdata()[0] for l in batch.lines}
         for name, v in limits.items():
             text = next(t for t in texts(batch) if name in t)
@@ -247,9 +247,9 @@ def test_step_is_what_the_plan_says(plan):
         assert np.isclose(memory.lines[0].get_xdata()[0], hw.memory / 1e9)
 
 def test_step_says_what_the_batch_comes_from():
-    note = lambda plan, i: next(t for t in texts(plot_step(plan).axes[2 * i]) if t.startswith(f' {list(plan.models.values())[i].batch}'))
+    note = lambda plan, i: next(t for t in texts(plot_step(plan).axes[2 * i]) if t.startswith(f' {list(plan.models.values())[i].batch_size}'))
     assert note(PLANS['one_case', 'gpu-12gb'], 1).strip() == '2, the least'
-    assert note(make_plan(FINGERPRINTS['heads'], 'gpu-12gb', {'3d.batch': 4}), 1).strip() == '4, set by hand'
+    assert note(make_plan(FINGERPRINTS['heads'], 'gpu-12gb', {'3d.batch_size': 4}), 1).strip() == '4, set by hand'
     many = make_plan(sketch_fingerprint((64, 80, 64), n=300, classes=400), 'gpu-12gb')
     assert note(many, 1).strip().endswith(', for memory')
     assert note(PLANS['heads', 'gpu-12gb'], 1).strip() == '9'
@@ -273,7 +273,7 @@ def test_cascade(shape, spacing, cut):
         rows, cols = ax.images[0].get_array().shape
         assert np.allclose([(bottom - top) / rows, (right - left) / cols], [c.spacing[a] for a in (r, k)], rtol=.1), 'in voxels of the stage'
         assert np.allclose((np.ptp(near.get_ylim()), np.ptp(near.get_xlim())), in_mm(c)[[r, k]]), 'what its network sees'
-        assert shape_text(c.patch) in near.get_title()
+        assert shape_text(c.patch_size) in near.get_title()
 
 @pytest.mark.parametrize('kind', ['heads', 'pictures'])
 def test_no_cascade(kind):
@@ -285,10 +285,10 @@ def test_overview(plan):
     fig = inside(plot_plan(plan))
     patches, nets, *bars = fig.axes
     mine = list(plan.models.values())
-    assert [p.get_width() for ax in bars[::2] for p in ax.patches] == [c.batch for c in mine]
+    assert [p.get_width() for ax in bars[::2] for p in ax.patches] == [c.batch_size for c in mine]
     assert np.allclose([sum(p.get_width() for p in ax.patches) for ax in bars[1::2]], [sum(training_memory(c, HARDWARE[plan.hardware].precision).values()) / 1e9 for c in mine])
     n = 1 if plan.dim == 2 else 3
-    rects = [p for p in patches.patches if p.get_gid() == 'patch']
+    rects = [p for p in patches.patches if p.get_gid() == 'patch_size']
     assert np.allclose([(p.get_height(), p.get_width()) for p in rects[::n]], [in_mm(c)[[1, 2]] for c in mine])
     a, b = patches.transData.transform([(0, 0), (1, 1)])
     assert np.isclose(abs(b[0] - a[0]), abs(b[1] - a[1])), 'as long down as across'
@@ -296,10 +296,10 @@ def test_overview(plan):
         x0, y0, x1, y1 = p.get_window_extent().extents
         box = patches.get_window_extent()
         assert x0 > box.x0 - 1 and x1 < box.x1 + 1 and y0 > box.y0 - 1 and y1 < box.y1 + 1, 'nothing is cut off'
-    assert len([p for p in nets.patches]) == sum(2 * len(c.features) - 1 for c in mine)
+    assert len([p for p in nets.patches]) == sum(2 * len(c.features_per_stage) - 1 for c in mine)
     words = [t.get_text() for t in fig.texts]
-    assert all(any(t.startswith(f'{c.name}: {shape_text(c.patch)} voxels') for t in words) for c in mine)
+    assert all(any(t.startswith(f'{c.name}: {shape_text(c.patch_size)} voxels') for t in words) for c in mine)
 
 def test_overview_names_what_was_set_by_hand():
-    fig = plot_plan(make_plan(FINGERPRINTS['heads'], 'cpu', {'3d.batch': 3}))
-    assert fig.get_suptitle().endswith('set by hand: 3d.batch')
+    fig = plot_plan(make_plan(FINGERPRINTS['heads'], 'cpu', {'3d.batch_size': 3}))
+    assert fig.get_suptitle().endswith('set by hand: 3d.batch_size')
