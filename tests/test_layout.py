@@ -23,7 +23,7 @@ def test_every_folder_is_known():
 
 def test_the_imports_are_found():
     found = {(folder, module) for folder, module, _ in imports(PACKAGE/'app'/'run.py')}
-    assert found == [('core', ['InputError'])]
+    assert {('core', 'errors'), ('data', 'find'), ('evaluation', 'choose')} <= found
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: f'{p.parent.name}.{p.stem}')
 def test_imports_point_down(path):
