@@ -1,18 +1,25 @@
 # make demo   the whole line on generated scans, ends with a Dice table and a picture
 # make test   installs what development needs and runs every test, the notebooks included, two at a time
+# make check  lint, generated files and the quick tests, in two minutes
 # make readme writes README.md from nbs/index.ipynb
 # make bench  this package and nnU-Net side by side; ONLY=resample,step and CASES choose, DATA=folder says where the scans are
 # make docs   every notebook as a page, in site/index.html
 PYTHON ?= python3
 V := .venv/bin
 
-.PHONY: demo test readme bench docs clean
+.PHONY: demo check test readme bench docs clean
 
 demo: .venv/installed
 	$(V)/autounet demo demo
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(V)/python -m pytest -n 2 --dist loadgroup
+
+check: .venv/installed-dev
+	$(V)/ruff check autounet_nb .ci
+	$(V)/python .ci/generated.py
+	$(V)/python .ci/limits.py
+	OMP_NUM_THREADS=1 $(V)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not gpu'
 
 readme: .venv/installed-dev
 	$(V)/python .ci/readme.py

@@ -11,7 +11,7 @@ PACKAGE, NOTEBOOKS = ROOT/'autounet_nb', ROOT/'nbs'
 LINE = 120 # characters
 COMPLEX = 10
 PARAMETERS = 6
-MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py', 'all.py'))
+MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py', '__main__.py', 'all.py'))
 
 def exported_lines(path):
     "Lines of a module that stand in its notebook: no comments of nbdev, no empty lines"
@@ -89,11 +89,11 @@ def rows():
     folders = Counter(p.parent.name for p in MODULES).most_common()
     sizes = sorted(((len(exported_lines(p)), name(p)) for p in MODULES), reverse=True)
     poorest = prose()
-    yield f'lines longer than {LINE} characters', len(long), 848, 0, [f'{m}: {n}' for m, n in Counter(l.split(':')[0] for l in long).most_common()]
+    yield f'lines longer than {LINE} characters', len(long), 872, 0, [f'{m}: {n}' for m, n in Counter(l.split(':')[0] for l in long).most_common()]
     yield f'functions with a complexity above {COMPLEX}', len(hard), 78, 10, hard
     yield 'ternaries in 1,000 lines', round(ifs, 1), 66.9, 25, where
     yield f'functions with more than {PARAMETERS} parameters', len(wide), 19, 0, wide
-    yield 'names from autounet_nb.all', names_of_all(), 392, 80, []
+    yield 'names from autounet_nb.all', names_of_all(), 396, 80, []
     yield 'modules in one folder', folders[0][1], 9, 10, [f'{f}: {n}' for f, n in folders]
     yield 'exported lines of the longest module', sizes[0][0], 441, 250, [f'{m}: {n}' for n, m in sizes if n > 250]
     yield 'functions that write a table themselves', len(writers), 10, 0, writers

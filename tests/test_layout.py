@@ -19,7 +19,7 @@ def imports(path):
 
 def test_every_folder_is_known():
     assert sorted({p.parent.name for p in MODULES}) == sorted(FOLDERS)
-    assert {p.name for p in PACKAGE.glob('*.py')} == {'__init__.py', 'all.py', '_modidx.py'}
+    assert {p.name for p in PACKAGE.glob('*.py')} == {'__init__.py', '__main__.py', 'all.py', '_modidx.py'}
 
 def test_the_imports_are_found():
     found = {(folder, module) for folder, module, _ in imports(PACKAGE/'app'/'run.py')}
