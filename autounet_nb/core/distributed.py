@@ -5,24 +5,32 @@
 # %% auto #0
 __all__ = ['rank_and_size', 'local_shard', 'all_reduce', 'broadcast', 'launch']
 
-# %% ../../nbs/core/07_distributed.ipynb #6f3782eb
+# %% ../../nbs/core/07_distributed.ipynb #0c52a52e
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
 import os, signal, socket, sys, warnings
 import torch, torch.distributed as dist, torch.multiprocessing as mp
-from .errors import DataError, InputError
+from .errors import InputError, MissingPackage, WorkerDied
 
-# %% ../../nbs/core/07_distributed.ipynb #4158245d
+# %% ../../nbs/core/07_distributed.ipynb #0e5cb255
 def rank_and_size() -> tuple: # (rank, number of processes)
     "Which of the processes that share a training this one is"
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
+# %% ../../nbs/core/07_distributed.ipynb #efde34e7
 def local_shard(
-    drawn, # tensor whose first axis is the whole batch
-):
-    "The part of it that belongs to this process"
+    drawn: torch.Tensor, # first axis: the complete batch
+) -> torch.Tensor:
+    "The part of a batch that belongs to this process"
     rank, n = rank_and_size()
-    return drawn.chunk(n)[rank] if n > 1 else drawn
+    if n == 1:
+        return drawn
+    return drawn.chunk(n)[rank]
 
+# %% ../../nbs/core/07_distributed.ipynb #472dfbb5
 def _added(x):
     "The sum of a tensor over all processes"
     x = x.detach().clone()
@@ -37,60 +45,111 @@ class _Total(torch.autograd.Function):
     def backward(ctx, g): return _added(g)
 
 def all_reduce(
-    x, # tensor, of the same shape in all processes
-):
-    "Its sum over all processes, which can be differentiated"
-    return _Total.apply(x) if rank_and_size()[1] > 1 else x
+    x: torch.Tensor, # of the same shape in all processes
+) -> torch.Tensor:
+    "The sum of a tensor over all processes, which can be differentiated"
+    if rank_and_size()[1] == 1:
+        return x
+    return _Total.apply(x)
 
+# %% ../../nbs/core/07_distributed.ipynb #eef06263
 def broadcast(
-    value, # a number
+    value: float,
 ) -> float:
-    "What the first process holds it to be"
-    if rank_and_size()[1] == 1: return value
+    "The value that the first process has, in every process"
+    if rank_and_size()[1] == 1:
+        return value
     t = torch.tensor(value, dtype=torch.float64) # on the CPU, so that no GPU has to wait
     dist.broadcast(t, 0)
     return t.item()
 
-# %% ../../nbs/core/07_distributed.ipynb #4d02cb2a
+# %% ../../nbs/core/07_distributed.ipynb #54a0f0f2
 def _free_port():
-    "A port on this machine that nobody listens on"
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    "A port on this machine at which nobody listens"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
-def _member(rank, f, n, port, cuda, threads, told):
+@dataclass(frozen=True)
+class _Group:
+    "What every process of a shared training must know"
+    size: int # processes
+    port: int # at which the first one listens
+    cuda: bool # whether each has a GPU
+    threads: int # of each on the CPU
+
+    def join(self, rank):
+        "Make this process the one with this rank; gives its device"
+        names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=self.size, LOCAL_WORLD_SIZE=self.size,
+                     MASTER_ADDR='127.0.0.1', MASTER_PORT=self.port, OMP_NUM_THREADS=self.threads)
+        os.environ.update({k: str(v) for k, v in names.items()})
+        torch.set_num_threads(self.threads)
+        if not self.cuda:
+            dist.init_process_group('gloo')
+            return 'cpu'
+        torch.cuda.set_device(rank)
+        dist.init_process_group('cpu:gloo,cuda:nccl')
+        return f'cuda:{rank}'
+
+def _member(rank, f, group, told):
     "One of several processes; `told` carries what it found wrong"
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))
-    torch.set_num_threads(threads)
-    warnings.filterwarnings('ignore', 'Grad strides do not match') # of a 1×1×1 kernel, which looks the same in any layout
-    if cuda: torch.cuda.set_device(rank)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    warnings.filterwarnings('ignore', 'Grad strides do not match') # of a 1×1×1 kernel, the same in any layout
+    device = group.join(rank)
     with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere) if rank else nullcontext():
-        try: f(device=f'cuda:{rank}' if cuda else 'cpu')
-        except InputError as e: told.put(str(e)); raise
+        try:
+            f(device=device)
+        except InputError as e:
+            told.put(e)
+            raise
     dist.destroy_process_group()
-    sys.stdout.flush(); sys.stderr.flush()
-    os._exit(0) # PyTorch's threads at times abort a process that takes itself apart
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0) # PyTorch's threads at times abort a process that ends in the usual way
 
-def _stop(context):
+# %% ../../nbs/core/07_distributed.ipynb #33e47526
+def _interrupt(process):
+    "Ctrl-C for another process"
+    os.kill(process.pid, signal.SIGINT)
+
+def _stop(processes):
     "End processes that may be about to end by themselves"
-    for wait, end in ((5, lambda p: os.kill(p.pid, signal.SIGINT)), (10, lambda p: p.kill())):
-        for p in context.processes: p.join(wait)
-        for p in context.processes:
-            if p.is_alive(): end(p)
+    for wait, end in ((5, _interrupt), (10, lambda p: p.kill())):
+        for p in processes:
+            p.join(wait)
+        for p in processes:
+            if p.is_alive():
+                end(p)
+
+def _check_machine(n, cuda):
+    "InputError where this machine cannot run so many processes"
+    if find_spec('accelerate') is None:
+        raise MissingPackage.of('one training in several processes', 'accelerate', 'multigpu')
+    gpus = torch.cuda.device_count()
+    if cuda and gpus < n:
+        raise InputError('processes', f'{n} processes need a GPU each, and this machine has {gpus}', 'ask for fewer')
 
 def launch(
     f, # function that is called with `device`, and can be pickled
-    n, # processes
-    device='cpu', # cpu, or cuda for a GPU each
+    n: int, # processes
+    device: str='cpu', # cpu, or cuda for a GPU each
 ):
     "Run a function in `n` processes that share a training"
-    try: import accelerate
-    except ModuleNotFoundError: raise DataError('Several processes for one training need Accelerate: pip install autounet_nb[multigpu]') from None
     cuda = device != 'cpu'
-    if cuda and (gpus := torch.cuda.device_count()) < n: raise DataError(f'{n} processes need a GPU each, and this machine has {gpus}: ask for fewer.')
+    _check_machine(n, cuda)
     told = mp.get_context('spawn').SimpleQueue()
-    context = mp.spawn(_member, (f, n, _free_port(), cuda, max(1, torch.get_num_threads() // n), told), n, join=False)
+    group = _Group(n, _free_port(), cuda, max(1, torch.get_num_threads() // n))
+    context = mp.spawn(_member, (f, group, told), n, join=False)
     try:
-        while not context.join(): pass
-    except KeyboardInterrupt: _stop(context); raise
-    except mp.ProcessRaisedException as e: raise DataError(told.get()) if not told.empty() else RuntimeError(str(e).strip().splitlines()[-1]) from e
-    except mp.ProcessExitedException as e: raise DataError(f'Process {e.error_index} of the {n} that shared a training was ended ({e.signal_name or e.exit_code}), most likely because the memory ran out.') from None
+        while not context.join():
+            pass
+    except KeyboardInterrupt:
+        _stop(context.processes)
+        raise
+    except mp.ProcessRaisedException as e:
+        if not told.empty():
+            raise told.get() from e
+        raise RuntimeError(str(e).strip().splitlines()[-1]) from e
+    except mp.ProcessExitedException as e:
+        problem = f'Process {e.error_index} of the {n} that shared a training was ended ' \
+                  f'({e.signal_name or e.exit_code}), most likely because the memory ran out'
+        raise WorkerDied('training', problem, 'use fewer processes, or free some memory') from None

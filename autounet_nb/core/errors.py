@@ -26,7 +26,7 @@ class InputError(ValueError):
 
     def within(self,
         where, # what holds the place of this error, such as the case of a file
-    ):
+    ) -> 'InputError':
         "The same error with a wider view of its place"
         return type(self)(f'{where}: {self.where}', self.problem, self.fix, self.code)
 
@@ -40,12 +40,17 @@ class MissingPackage(InputError):
         feature, # what needs it, such as 'A cluster'
         package, # its name in Python
         extra, # the extra of this package that installs it
-    ): return cls(feature, f'the package {package} is not installed', f'pip install autounet_nb[{extra}]')
+    ) -> 'MissingPackage':
+        "The error of a feature that misses its package"
+        return cls(feature, f'the package {package} is not installed', f'pip install autounet_nb[{extra}]')
 
+# %% ../../nbs/core/01_errors.ipynb #855289b8
 class WorkerDied(InputError):
     "A process was killed while it worked"
     default_code = 'worker-died'
 
+
+# %% ../../nbs/core/01_errors.ipynb #8dd96d8c
 class DiskFull(InputError):
     "A file could not be written because the disk is full"
     default_code = 'disk-full'
@@ -58,5 +63,7 @@ class DataError(InputError):
         super().__init__('', message, '', kind)
         self.args = message, kind
 
-    def __str__(self): return self.problem
-    def within(self, where): return DataError(f'{where}: {self.problem}', self.code)
+    def __str__(self):
+        return self.problem
+    def within(self, where):
+        return DataError(f'{where}: {self.problem}', self.code)

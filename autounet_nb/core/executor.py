@@ -5,92 +5,120 @@
 # %% auto #0
 __all__ = ['watched', 'progress', 'pmap']
 
-# %% ../../nbs/core/06_executor.ipynb #fe115709
+# %% ../../nbs/core/06_executor.ipynb #2f1dcea0
 import os, re, sys, threading, time
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from fastcore.imports import ipython_shell
 from joblib import Parallel, delayed
-from .errors import DataError
+from .errors import WorkerDied
 from .threads import cores, use_cores
 
-# %% ../../nbs/core/06_executor.ipynb #1b95008e
-def watched():
+# %% ../../nbs/core/06_executor.ipynb #0aa0fb16
+def watched() -> bool:
     "Whether somebody sees a progress bar: in a notebook or a terminal"
     return type(ipython_shell()).__name__ in ('ZMQInteractiveShell', 'Shell') or sys.stdout.isatty()
 
+# %% ../../nbs/core/06_executor.ipynb #a044460d
 def progress(
     items, # to go through
-    total=None, # how many, where `items` doesn't know
-    desc='', # word beside the bar
+    total: int|None=None, # how many, where `items` does not know
+    desc: str='', # word beside the bar
 ):
-    "The items one by one, with a bar and an estimate of what is left where somebody sees it"
-    if not watched(): return items
-    from fastprogress.fastprogress import progress_bar # takes a tenth of a second, which no worker has to wait for
+    "The items one by one, with a bar and an estimate of the time that is left if somebody sees it"
+    if not watched():
+        return items
+    from fastprogress.fastprogress import progress_bar # takes a tenth of a second, for which no worker has to wait
     bar = progress_bar(items, total=total)
     bar.comment = desc
     return bar
 
-# %% ../../nbs/core/06_executor.ipynb #c4e610a5
+# %% ../../nbs/core/06_executor.ipynb #6aa5a54c
+def _attempt(f, item):
+    "The result of `f`, or the exception in its place"
+    try:
+        return f(item)
+    except Exception as e:
+        return e
+
+# %% ../../nbs/core/06_executor.ipynb #de43c3da
 def _end_with(parent):
     "Let this process end soon after the one that started it"
     name = f'ends with {parent}'
-    if name in [t.name for t in threading.enumerate()]: return
+    if name in [t.name for t in threading.enumerate()]:
+        return
     def watch():
-        while os.getppid() == parent: time.sleep(1)
+        while os.getppid() == parent:
+            time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, name=name, daemon=True).start()
 
-def _attempt(f, item):
-    "The result of `f`, or the exception in its place"
-    try: return f(item)
-    except Exception as e: return e
-
-def _try(f, i, item, parent, threads):
-    if os.getppid() == parent:
+def _in_process(f, i, item, parent, threads):
+    "(number of the item, its result), in whichever process joblib calls this"
+    if os.getppid() == parent: # in another process than the one that asked
         _end_with(parent)
         use_cores(threads)
     return i, _attempt(f, item)
 
-def _called(item):
-    "The name of a case, or of that which a task begins with"
+# %% ../../nbs/core/06_executor.ipynb #de4ddce2
+def _case_name(item):
+    "The name of a case, or of the case that a task begins with"
     first = item[0] if isinstance(item, tuple) else item
     return getattr(first, 'id', first)
 
 def _alone(f, item):
     "The result of `f` in a process that does nothing else, or an exception"
-    try: return Parallel(n_jobs=2)([delayed(_try)(f, 0, item, os.getpid(), 1)])[0][1] # 1 would be this process
+    try:
+        call = delayed(_in_process)(f, 0, item, os.getpid(), 1)
+        return Parallel(n_jobs=2)([call])[0][1] # with n_jobs=1 it would be this process
     except BrokenProcessPool as e:
-        how = re.search(r'\{(.*)\}', str(e))
-        return DataError(f'case {_called(item)}: its process was killed{f" ({how[1]})" if how else ""}, most likely because the memory ran out; free some, or leave the case out')
+        problem = 'its process was killed'
+        if signals := re.search(r'\{(.*)\}', str(e)): # such as SIGKILL(-9)
+            problem += f' ({signals[1]})'
+        problem += ', most likely because the memory ran out'
+        return WorkerDied(f'case {_case_name(item)}', problem, 'free some memory, or leave the case out')
 
-def _each(f, items, workers):
+def _by_processes(f, items, workers):
     "(item, result) as they finish; an item that kills its process is found out"
-    left, given, threads = dict(enumerate(items)), [], max(1, cores() // (workers or cores()))
+    left, started = dict(enumerate(items)), []
+    threads = max(1, cores() // (workers or cores()))
     def calls():
-        for i, o in list(left.items()): given.append(i); yield delayed(_try)(f, i, o, os.getpid(), threads)
+        for i, item in list(left.items()):
+            started.append(i)
+            yield delayed(_in_process)(f, i, item, os.getpid(), threads)
     while left:
         try:
-            for i, r in Parallel(n_jobs=workers or -1, return_as='generator_unordered')(calls()): yield left.pop(i), r
+            for i, result in Parallel(n_jobs=workers or -1, return_as='generator_unordered')(calls()):
+                yield left.pop(i), result
         except BrokenProcessPool:
-            for i in [i for i in given if i in left]: o = left.pop(i); yield o, _alone(f, o)
+            for i in [i for i in started if i in left]:
+                item = left.pop(i)
+                yield item, _alone(f, item)
 
-def _on_cluster(client, f, items):
-    "The same by the workers of a Dask cluster; where an item kills them, its result is an error that names it"
+# %% ../../nbs/core/06_executor.ipynb #d8da1716
+def _by_cluster(f, items, client):
+    "(item, result) as the workers of a Dask cluster finish them"
     from distributed import KilledWorker, as_completed
     waiting = dict(zip(client.map(partial(_attempt, f), items, pure=False), items))
     for future in as_completed(list(waiting), loop=client.loop):
         item, error = waiting.pop(future), future.exception()
         if isinstance(error, KilledWorker):
-            error = DataError(f'case {_called(item)}: the worker that was on it died, and so did those that took it up again; look whether they have enough memory')
+            problem = 'the worker that was on it died, and so did those that took it up again'
+            error = WorkerDied(f'case {_case_name(item)}', problem, 'look whether the workers have enough memory')
         yield item, future.result() if error is None else error
 
+# %% ../../nbs/core/06_executor.ipynb #57233970
 def pmap(
     f, # function of one item
     items, # to call it with
     workers=None, # processes; None takes every CPU, 1 stays in this process; or a Dask `Client`
-    desc='', # word beside the progress bar
+    desc: str='', # word beside the progress bar
 ):
     "Yield (item, result) as they finish; where `f` failed, the result is the exception"
     items = list(items)
-    if items: yield from progress(_on_cluster(workers, f, items) if hasattr(workers, 'submit') else _each(f, items, workers), len(items), desc)
+    if not items:
+        return
+    results = _by_processes
+    if hasattr(workers, 'submit'):
+        results = _by_cluster
+    yield from progress(results(f, items, workers), len(items), desc)

@@ -5,42 +5,103 @@
 # %% auto #0
 __all__ = ['ANYTHING', 'FLAG', 'TEXT', 'Kind', 'whole_number', 'real_number', 'one_of', 'shown', 'flaw']
 
-# %% ../../nbs/core/03_records.ipynb #7cbc37a9
+# %% ../../nbs/core/03_records.ipynb #8dcb68a0
 import reprlib
 from typing import NamedTuple
 
-# %% ../../nbs/core/03_records.ipynb #7334fb33
+# %% ../../nbs/core/03_records.ipynb #7372a63b
 class Kind(NamedTuple):
     "What a value must be"
     text: str # in words, after "instead of"
     fits: object # function of a value → bool
 
-def whole_number(low, high): return Kind(f'a whole number from {low} to {high}', lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high)
-def real_number(low, high): return Kind(f'a number from {low:g} to {high:g}', lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high)
-def one_of(*words): return Kind(' or '.join(map(repr, words)), lambda v: any(type(v) is type(w) and v == w for w in words))
-
-ANYTHING, FLAG = Kind('anything', lambda v: True), Kind('true or false', lambda v: isinstance(v, bool))
+ANYTHING = Kind('anything', lambda v: True)
+FLAG = Kind('true or false', lambda v: isinstance(v, bool))
 TEXT = Kind('text of at most 1000 characters', lambda v: isinstance(v, str) and len(v) <= 1000)
 
-# %% ../../nbs/core/03_records.ipynb #d06587cb
+# %% ../../nbs/core/03_records.ipynb #97c141dc
+def _is(value, types):
+    "Whether a value is a number of these types; truth values are none"
+    return isinstance(value, types) and not isinstance(value, bool)
+
+def whole_number(
+    low: int, # the smallest that is allowed
+    high: int, # the largest
+) -> Kind:
+    "A whole number between two limits"
+    return Kind(f'a whole number from {low} to {high}', lambda v: _is(v, int) and low <= v <= high)
+
+# %% ../../nbs/core/03_records.ipynb #8495342d
+def real_number(
+    low: float, # the smallest that is allowed
+    high: float, # the largest
+) -> Kind:
+    "A number between two limits"
+    return Kind(f'a number from {low:g} to {high:g}', lambda v: _is(v, (int, float)) and low <= v <= high)
+
+# %% ../../nbs/core/03_records.ipynb #070a21e0
+def one_of(
+    *words, # texts or numbers
+) -> Kind:
+    "One of a few values"
+    return Kind(' or '.join(map(repr, words)), lambda v: any(type(v) is type(w) and v == w for w in words))
+
+# %% ../../nbs/core/03_records.ipynb #957b22e0
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 
-def shown(value): # from a JSON file
+def shown(
+    value, # from a JSON file
+) -> str:
     "A value as it stands in an error, in one short line"
     return _short.repr(value)
+
+# %% ../../nbs/core/03_records.ipynb #611bff05
+def _wanted(form):
+    "What a form is, in words"
+    if isinstance(form, Kind):
+        return form.text
+    if isinstance(form, dict):
+        return 'names with values'
+    return f'a list of {len(form)}' if isinstance(form, tuple) else 'a list'
+
+def _is_like(value, form):
+    "Whether a value is what its form is: a dict, a list of the right length, or of the right kind"
+    if isinstance(form, Kind):
+        return form.fits(value)
+    if isinstance(form, dict):
+        return isinstance(value, dict)
+    return isinstance(value, (list, tuple)) and (isinstance(form, list) or len(value) == len(form))
+
+def _parts(value, form, at):
+    "(place, value, form) of everything inside a list or dict that is like its form"
+    if not isinstance(form, dict):
+        yield from ((f'{at}[{i}]', v, form[i % len(form)]) for i, v in enumerate(value))
+    elif str in form:
+        yield from ((f'{at}[{shown(k)}]', v, form[str]) for k, v in value.items())
+    else:
+        yield from ((f'{at}.{k}'.removeprefix('.'), value[k], o) for k, o in form.items())
+
+def _odd_name(value, form):
+    "The first name that a dict lacks or has besides those of its form, in words; None where all fit"
+    if not isinstance(form, dict) or str in form:
+        return None
+    odd = sorted(set(form) ^ set(value))
+    if not odd:
+        return None
+    verb = 'lacks' if odd[0] in form else 'has an unknown'
+    return f'{verb} {shown(odd[0])}'
 
 def flaw(
     value, # from a JSON file
     form, # that it should have
-    at='', # where in the file it stands
-):
+    at: str='', # where in the file it stands
+) -> str|None:
     "Where a value is not of its form, in words; None where it is"
-    if isinstance(form, Kind): return None if form.fits(value) else f'{at or "it"} is {shown(value)} instead of {form.text}'
-    kind, n = (dict, 'names with values') if isinstance(form, dict) else ((list, tuple), f'a list of {len(form)}' if isinstance(form, tuple) else 'a list')
-    if not isinstance(value, kind) or isinstance(form, tuple) and len(value) != len(form): return f'{at or "it"} is {shown(value)} instead of {n}'
-    if kind is not dict: parts = ((f'{at}[{i}]', v, form[i % len(form)]) for i, v in enumerate(value))
-    elif str in form: parts = ((f'{at}[{shown(k)}]', v, form[str]) for k, v in value.items())
-    elif odd := sorted(set(form) ^ set(value)): return f'{at or "it"} {"lacks" if odd[0] in form else "has an unknown"} {shown(odd[0])}'
-    else: parts = ((f'{at}.{k}' if at else k, value[k], o) for k, o in form.items())
-    return next((why for name, v, o in parts if (why := flaw(v, o, name))), None)
+    if not _is_like(value, form):
+        return f'{at or "it"} is {shown(value)} instead of {_wanted(form)}'
+    if isinstance(form, Kind):
+        return None
+    if odd := _odd_name(value, form):
+        return f'{at or "it"} {odd}'
+    return next((why for name, v, o in _parts(value, form, at) if (why := flaw(v, o, name))), None)

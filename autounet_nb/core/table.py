@@ -14,8 +14,10 @@ def cell_text(
     value, # text, number, None or `Cell`
 ) -> str:
     "A value as a table shows it"
-    if value is None: return '–'
-    if isinstance(value, float): return f'{value:.3f}'
+    if value is None:
+        return '–'
+    if isinstance(value, float):
+        return f'{value:.3f}'
     return str(value)
 
 # %% ../../nbs/core/05_table.ipynb #d4106966
@@ -32,24 +34,41 @@ class Cell:
     def __str__(self): return cell_text(self.value)
 
     @property
-    def style(self): # CSS of the cell
-        if self.bar is not None: return f'background:linear-gradient(90deg,#4c9bd680 {self.bar:.0%},transparent 0)'
-        return f'background:{self.color};color:#222' if self.color else ''
+    def align(self): # numbers to the right, so that their digits lie below each other
+        is_number = self.value is None or isinstance(self.value, (int, float))
+        return 'right' if is_number else 'left'
+
+    @property
+    def style(self): # CSS of its background
+        if self.bar is not None:
+            return f'background:linear-gradient(90deg,#4c9bd680 {self.bar:.0%},transparent 0)'
+        if self.color:
+            return f'background:{self.color};color:#222'
+        return ''
 
 # %% ../../nbs/core/05_table.ipynb #646b0035
 def _html_cell(cell, heading):
     "One cell as HTML"
-    c = cell if isinstance(cell, Cell) else Cell(cell)
-    tag = 'th' if heading or c.heading else 'td'
-    number = isinstance(c.value, (int, float)) or c.value is None
-    style = f'text-align:{"right" if number else "left"};{c.style}'
-    title = f' title="{escape(c.title)}"' if c.title else ''
-    return f'<{tag} style="{style}"{title}>{c.html or escape(str(c))}</{tag}>'
+    if not isinstance(cell, Cell):
+        cell = Cell(cell)
+    tag = 'th' if heading or cell.heading else 'td'
+    attributes = f'style="text-align:{cell.align};{cell.style}"'
+    if cell.title:
+        attributes += f' title="{escape(cell.title)}"'
+    return f'<{tag} {attributes}>{cell.html or escape(str(cell))}</{tag}>'
 
-def _html_row(row, heading=False): return '<tr>' + ''.join(_html_cell(c, heading) for c in row) + '</tr>'
+def _html_row(row, heading=False):
+    "One row as HTML"
+    return '<tr>' + ''.join(_html_cell(c, heading) for c in row) + '</tr>'
+
+def _html_part(tag, row, heading=False):
+    "The head or the foot of a table; nothing where there is no such row"
+    if not row:
+        return ''
+    return f'<{tag}>{_html_row(row, heading)}</{tag}>'
 
 def _markdown_row(row):
-    "One row as Markdown; a bar inside of a cell would end it"
+    "One row as Markdown; a bar inside of a cell would end the cell"
     return '| ' + ' | '.join(escape(cell_text(c), quote=False).replace('|', '&#124;') for c in row) + ' |'
 
 @dataclass(frozen=True, repr=False)
@@ -66,26 +85,31 @@ class Table:
         all_rows = [[cell_text(c) for c in r] for r in (self.head, *self.rows, self.foot) if r]
         widths = [max(map(len, column)) for column in zip(*all_rows)]
         lines = ['  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in all_rows]
-        if self.foot: lines.insert(-1, '-' * max(map(len, lines)))
-        return '\n'.join([*([self.title] if self.title else []), *lines, *self.notes])
+        if self.foot:
+            lines.insert(-1, '-' * max(map(len, lines)))
+        if self.title:
+            lines.insert(0, self.title)
+        return '\n'.join([*lines, *self.notes])
 
     def html(self) -> str:
         "For a page; everything but `Cell.html` is escaped"
-        title = f'<b>{escape(self.title)}</b>' if self.title else ''
-        head = f'<thead>{_html_row(self.head, True)}</thead>' if self.head else ''
-        foot = f'<tfoot>{_html_row(self.foot, True)}</tfoot>' if self.foot else ''
-        body = f'<tbody>{"".join(map(_html_row, self.rows))}</tbody>'
-        notes = ''.join(f'<p>{escape(n)}</p>' for n in self.notes)
-        table = f'<table>{head}{body}{foot}</table>' if self.rows or self.head else ''
-        return title + table + notes
+        res = ''
+        if self.title:
+            res += f'<b>{escape(self.title)}</b>'
+        if self.rows or self.head:
+            head, foot = _html_part('thead', self.head, True), _html_part('tfoot', self.foot, True)
+            res += f'<table>{head}<tbody>{"".join(map(_html_row, self.rows))}</tbody>{foot}</table>'
+        return res + ''.join(f'<p>{escape(n)}</p>' for n in self.notes)
 
     def markdown(self) -> str:
         "For a README or an issue"
         head = self.head or [''] * len(self.rows[0])
         lines = [_markdown_row(head), _markdown_row(['---'] * len(head)), *map(_markdown_row, self.rows)]
-        if self.foot: lines.append(_markdown_row(self.foot))
-        title = [f'**{escape(self.title, quote=False)}**', ''] if self.title else []
-        return '\n'.join([*title, *lines, *(x for n in self.notes for x in ('', n))])
+        if self.foot:
+            lines.append(_markdown_row(self.foot))
+        if self.title:
+            lines[:0] = [f'**{escape(self.title, quote=False)}**', '']
+        return '\n'.join([*lines, *(x for n in self.notes for x in ('', n))])
 
     __repr__ = text
     _repr_html_ = html

@@ -11,16 +11,18 @@ import sys
 # %% ../../nbs/core/00_threads.ipynb #006769bc
 def cores() -> int:
     "Cores that this process may use: those it is bound to, and no more than the quota of its container"
-    from joblib import cpu_count # takes a third of a second, which `autounet --help` does without
+    from joblib import cpu_count # the import takes a third of a second, and `autounet --help` does without
     return cpu_count()
 
 # %% ../../nbs/core/00_threads.ipynb #1e5d0878
 def use_cores(
-    n=None, # threads; None: as many as there are `cores`
+    n: int|None=None, # threads; None: as many as there are `cores`
 ):
-    "Have SimpleITK, Blosc2 and PyTorch, as far as they are loaded, use so many threads; PyTorch never more than `OMP_NUM_THREADS` allows"
+    "Let SimpleITK, Blosc2 and PyTorch, if loaded, use `n` threads; PyTorch at most what `OMP_NUM_THREADS` allows"
     n = n or cores()
-    loaded = sys.modules.get
-    if sitk := loaded('SimpleITK'): sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(n)
-    if blosc2 := loaded('blosc2'): blosc2.set_nthreads(n)
-    if torch := loaded('torch'): torch.set_num_threads(min(n, torch.get_num_threads()))
+    if sitk := sys.modules.get('SimpleITK'):
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(n)
+    if blosc2 := sys.modules.get('blosc2'):
+        blosc2.set_nthreads(n)
+    if torch := sys.modules.get('torch'):
+        torch.set_num_threads(min(n, torch.get_num_threads()))
