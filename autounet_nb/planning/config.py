@@ -5,36 +5,50 @@
 # %% auto #0
 __all__ = ['MODELS', 'CONFIG_FORM', 'ModelConfig']
 
-# %% ../../nbs/planning/24_config.ipynb #c96bf605
+# %% ../../nbs/planning/24_config.ipynb #f29f486c
 from dataclasses import dataclass, fields
 import math
-from ..core.errors import DataError
+from ..core.errors import InputError
 from ..core.records import FLAG, flaw, one_of, real_number, shown, whole_number
 from ..core.text import bytes_text
 from .memory import count_weights, training_memory
 
-# %% ../../nbs/planning/24_config.ipynb #c5d01744
+# %% ../../nbs/planning/24_config.ipynb #a2fc19ba
 MODELS = '2d', '3d', '3d_lowres', '3d_cascade' # there are no others
 
-_size, _many = whole_number(1, 100_000), whole_number(1, 10**6) # a strip of pixels can be long; how long and wide together, memory says
+_SIZE = whole_number(1, 100_000) # a strip of pixels can be long; how long and wide together, memory says
+_COUNT = whole_number(1, 10**6)
 CONFIG_FORM = dict(
     name=one_of(*MODELS), dim=one_of(2, 3), stage=one_of('full', 'lowres'),
-    spacing=(real_number(1e-6, 1e4),)*3, median_shape=(_size,)*3, slice_axis=one_of(None, 0, 1, 2),
-    patch_size=[_size], batch_size=_many, num_pool_per_axis=[whole_number(0, 16)], strides=[[one_of(1, 2)]], kernel_sizes=[[one_of(1, 3)]],
-    features_per_stage=[whole_number(1, 4096)], batch_dice=FLAG, in_channels=_many, classes=whole_number(2, 10**6))
+    spacing=(real_number(1e-6, 1e4),) * 3, median_shape=(_SIZE,) * 3, slice_axis=one_of(None, 0, 1, 2),
+    patch_size=[_SIZE], batch_size=_COUNT, num_pool_per_axis=[whole_number(0, 16)],
+    strides=[[one_of(1, 2)]], kernel_sizes=[[one_of(1, 3)]], features_per_stage=[whole_number(1, 4096)],
+    batch_dice=FLAG, in_channels=_COUNT, classes=whole_number(2, 10**6))
 
-# %% ../../nbs/planning/24_config.ipynb #fd1977f9
-def _levels_problem(c):
-    "What does not agree about axes and levels, in words, or None"
+# %% ../../nbs/planning/24_config.ipynb #22cdf440
+_MOST_LEVELS = 32
+
+def _axes_problem(c):
+    "What does not agree about axes and the number of levels, in words, or None"
     levels = len(c.features_per_stage)
-    if len(c.patch_size) != c.dim or len(c.num_pool_per_axis) != c.dim: return f'patch {shown(c.patch_size)} and pools {shown(c.num_pool_per_axis)} do not have {c.dim} axes'
-    if not 1 <= levels <= _MOST_LEVELS: return f'it has {levels} levels instead of 1 to {_MOST_LEVELS}'
-    if not len(c.strides) == len(c.kernel_sizes) == levels: return 'strides, kernel_sizes and features_per_stage must have one entry per level'
-    if any(len(v) != c.dim for v in c.strides + c.kernel_sizes): return f'every level needs {c.dim} strides and {c.dim} kernels'
+    if len(c.patch_size) != c.dim or len(c.num_pool_per_axis) != c.dim:
+        sizes = f'patch_size {shown(c.patch_size)} and num_pool_per_axis {shown(c.num_pool_per_axis)}'
+        return f'{sizes} do not have {c.dim} axes'
+    if not 1 <= levels <= _MOST_LEVELS:
+        return f'it has {levels} levels instead of 1 to {_MOST_LEVELS}'
+    if not len(c.strides) == len(c.kernel_sizes) == levels:
+        return 'strides, kernel_sizes and features_per_stage must have one entry per level'
+    if any(len(v) != c.dim for v in c.strides + c.kernel_sizes):
+        return f'every level needs {c.dim} strides and {c.dim} kernel sizes'
+
+def _pooling_problem(c):
+    "What does not agree about patch, strides and pools, in words, or None"
     halved = [math.prod(s) for s in zip(*c.strides)]
-    if halved != [2**p for p in c.num_pool_per_axis]: return f'strides halve the axes {halved} times less, pools say {c.num_pool_per_axis}'
+    if halved != [2**p for p in c.num_pool_per_axis]:
+        return f'strides divide the axes by {halved}, num_pool_per_axis is {shown(c.num_pool_per_axis)}'
     bad = [f'{p} (needs a multiple of {h})' for p, h in zip(c.patch_size, halved) if p % h]
-    if bad: return f'the patch cannot be halved so often along {", ".join(bad)}'
+    if bad:
+        return f'the patch cannot be halved so often along {", ".join(bad)}'
 
 def _kind_problem(c):
     "What does not agree about dimension, data and slices, in words, or None"
@@ -43,23 +57,28 @@ def _kind_problem(c):
     if (c.dim == 2) == (c.slice_axis is None):
         return f'slice_axis is {c.slice_axis}: a 2D model needs an axis to cut along, a 3D model has none'
 
-_MOST_LEVELS = 32
-
-# %% ../../nbs/planning/24_config.ipynb #740ff75c
-_MOST_WEIGHTS, _MOST_MEMORY = 2 * 10**9, 10**13 # beyond these no machine is known that a network could run on; memory in bytes of a training step
+# %% ../../nbs/planning/24_config.ipynb #209fd101
+_MOST_WEIGHTS = 2 * 10**9 # beyond these no machine is known that a network could run on
+_MOST_MEMORY = 10**13 # bytes of a training step
 
 def _cost_problem(c):
     "What is too large, in words, or None"
     weights, memory = count_weights(c), sum(training_memory(c).values())
-    if weights > _MOST_WEIGHTS: return f'its network has {weights:,} weights, more than {_MOST_WEIGHTS:,}: give it fewer feature maps'
+    if weights > _MOST_WEIGHTS:
+        return f'its network has {weights:,} weights, more than {_MOST_WEIGHTS:,}'
     if memory > _MOST_MEMORY:
-        return f'a training step would take {bytes_text(memory)}, more than {bytes_text(_MOST_MEMORY)}: make patch or batch smaller'
+        return f'a training step would take {bytes_text(memory)}, more than {bytes_text(_MOST_MEMORY)}'
 
-def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
+# %% ../../nbs/planning/24_config.ipynb #6a17da34
+def _tuples(v):
+    "Lists in lists as tuples in tuples"
+    if not isinstance(v, (list, tuple)):
+        return v
+    return tuple(map(_tuples, v))
 
 @dataclass(frozen=True)
 class ModelConfig:
-    "Everything that is decided for one model. Axes are (z,y,x); those of a 2D patch are the two that aren't `slice_axis`"
+    "Everything that is decided for one model. Axes are (z,y,x); those of a 2D patch are the two beside `slice_axis`"
     name: str # 2d, 3d, 3d_lowres or 3d_cascade
     dim: int # 2 or 3
     stage: str # which preprocessed data it sees: full or lowres
@@ -77,7 +96,12 @@ class ModelConfig:
     classes: int # outputs, background included
 
     def __post_init__(self):
-        for f in fields(self): # JSON knows only lists
-            if f.type is tuple: object.__setattr__(self, f.name, _tuples(getattr(self, f.name)))
-        problem = flaw(vars(self), CONFIG_FORM) or _levels_problem(self) or _kind_problem(self) or _cost_problem(self)
-        if problem: raise DataError(f'The plan of model {shown(self.name)} cannot work: {problem}.')
+        for f in fields(self):
+            if f.type is tuple:
+                object.__setattr__(self, f.name, _tuples(getattr(self, f.name)))
+        where, fix = f'model {shown(self.name)}', 'correct this value of the plan'
+        problem = flaw(vars(self), CONFIG_FORM) or _axes_problem(self) or _pooling_problem(self) or _kind_problem(self)
+        if not problem:
+            problem, fix = _cost_problem(self), 'give it fewer feature maps, or a smaller patch or batch'
+        if problem:
+            raise InputError(where, problem, fix, 'plan')
