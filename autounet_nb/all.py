@@ -11,6 +11,7 @@ from .data.cases import *
 from .data.find import *
 from .data.phantom import *
 from .data.check import *
+from .planning.measure import *
 from .planning.fingerprint import *
 from .planning.rules import *
 from .planning.memory import *

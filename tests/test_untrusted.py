@@ -14,7 +14,7 @@ from autounet_nb.planning.memory import count_weights, training_memory
 from autounet_nb.planning.config import ModelConfig
 from autounet_nb.planning.plan import Plan, make_plan
 from autounet_nb.core.text import shape_text
-from autounet_nb.planning.rules import Patch, _scaled, fit_patch, pad_to_pools, pooling, sketch_fingerprint
+from autounet_nb.planning.rules import Patch, fit_patch, pad_to_pools, pooling, proportional_shape, sketch_fingerprint
 
 def sentence(e, *words):
     "The message of a InputError, which must be one short line"
@@ -178,7 +178,7 @@ def test_what_is_too_large_by_hand_is_still_answered_with_what_fits(edits):
 
 def one_by_one(median_shape, spacing, voxels, max_pools=None):
     "`fit_patch` that never leaps"
-    shape, tried = _scaled(median_shape, voxels), []
+    shape, tried = proportional_shape(median_shape, voxels), []
     while True:
         pool = pooling(shape, spacing, max_pools)
         size = pad_to_pools(shape, pool.num_pool_per_axis)

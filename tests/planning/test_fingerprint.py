@@ -1,105 +1,20 @@
-"The fingerprint: counted values against NumPy, boxes and masks against SciPy, and what is kept between two runs."
-import json, math, os, random, shutil
+"The fingerprint: its numbers against those of all values together, what is measured again, and what a file may hold."
+import json, math, os, shutil
 import numpy as np, pytest, SimpleITK as sitk
 from dataclasses import replace
 from hypothesis import given, settings, strategies as st
-from hypothesis.extra.numpy import arrays
-from scipy.ndimage import binary_fill_holes
 from autounet_nb.core.errors import InputError
-from autounet_nb.planning import fingerprint as F
 from autounet_nb.data.cases import read_case
 from autounet_nb.data.find import scan
 from autounet_nb.data.images import write_like
-from autounet_nb.planning.fingerprint import Fingerprint, ValueCounts, extract_fingerprint, fingerprint_case, nonzero_box, nonzero_mask
 from autounet_nb.data.phantom import make_phantoms
+from autounet_nb.planning import measure
+from autounet_nb.planning.fingerprint import Fingerprint, extract_fingerprint
+from autounet_nb.planning.measure import fingerprint_case, key_of_files, nonzero_box
 
 KEYS = ['version', 'name', 'dim', 'modalities', 'labels', 'cases', 'intensities', 'class_voxels', 'one_component']
 BOUND = 2.**-14
-floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
-parts = st.lists(arrays(np.float32, st.integers(0, 40), elements=floats), min_size=1, max_size=6).filter(lambda o: sum(map(len, o)))
 few = settings(max_examples=60, deadline=None)
-
-def counted(xs):
-    c = ValueCounts()
-    for x in xs: c = c.merge(ValueCounts().add(x))
-    return c
-
-def same(a, b): return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ('values', 'counts', 'total', 'squares', 'min', 'max'))
-
-# --- counted values
-
-@few
-@given(parts, st.floats(0, 100))
-def test_percentiles_within_the_stated_bound(xs, q):
-    x, c = np.concatenate(xs).astype(np.float64), counted(xs)
-    ref = np.percentile(x, q)
-    i = q/100*(len(x) - 1)
-    near = np.sort(x)[[math.floor(i), math.ceil(i)]]
-    assert abs(c.percentile(q) - ref) <= np.abs(near).max()*BOUND*(1 + 1e-9)
-    assert (c.min, c.max, c.n) == (x.min(), x.max(), len(x))
-    assert c.mean == pytest.approx(x.mean(), rel=1e-9, abs=1e-9*np.abs(x).max())
-    assert c.sd == pytest.approx(x.std(), rel=1e-6, abs=1e-6*np.abs(x).max())
-
-@few
-@given(st.lists(st.integers(-16384, 16384), min_size=1, max_size=200), st.floats(0, 100))
-def test_whole_numbers_are_exact(x, q):
-    c = ValueCounts().add(x)
-    assert c.percentile(q) == pytest.approx(np.percentile(x, q), rel=1e-12, abs=1e-9)
-    assert (c.mean, c.n) == (pytest.approx(np.mean(x), rel=1e-12), len(x))
-
-@few
-@given(parts, st.randoms())
-def test_order_of_merging_does_not_matter(xs, rnd):
-    cs = [ValueCounts().add(x) for x in xs]
-    rnd.shuffle(cs)
-    while len(cs) > 1: cs.append(cs.pop(rnd.randrange(len(cs))).merge(cs.pop(rnd.randrange(len(cs)))))
-    assert same(cs[0], counted(xs))
-
-@few
-@given(arrays(np.float32, 50, elements=floats))
-def test_rounding_error(x):
-    r = F._rounded(x).astype(float)
-    assert (np.abs(r - x) <= np.abs(x.astype(float))*BOUND).all() and np.isfinite(r).all()
-    assert np.array_equal(F._rounded(F._rounded(x)), F._rounded(x))
-
-def test_table_stays_small():
-    x = np.random.default_rng(0).lognormal(5, 1, 400_000).astype(np.float32)
-    c = counted(np.split(x, 20))
-    assert len(np.unique(x)) > 200_000 and len(c.values) <= 8192*math.ceil(math.log2(x.max()/x.min()) + 1)
-    assert c.counts.sum() == len(x)
-
-def test_inputs_are_left_alone():
-    x = np.array([3., 1., 2.], np.float32)
-    c = ValueCounts().add(x)
-    before = c.values.copy(), c.counts.copy()
-    c.merge(c); c.add(x)
-    assert x.tolist() == [3, 1, 2] and np.array_equal(before, (c.values, c.counts))
-
-# --- box and mask
-
-images = arrays(np.float32, st.tuples(st.integers(1, 2), st.integers(2, 5), st.integers(2, 6), st.integers(2, 6)), elements=st.sampled_from([0., 0., 0., 1., -2.]))
-
-@few
-@given(images)
-def test_box_is_the_smallest(image):
-    m, box = (image != 0).any(0), nonzero_box(image)
-    if not m.any(): assert m[box].shape == m.shape; return
-    assert m[box].sum() == m.sum()
-    for axis in range(3):
-        for end in (0, -1): assert m[box].take(end, axis).any(), 'a face of the box is empty'
-
-@few
-@given(images)
-def test_mask_is_filled(image):
-    m = nonzero_mask(image)
-    assert np.array_equal(m, binary_fill_holes((image != 0).any(0)))
-    assert m[(image != 0).any(0)].all() and m.dtype == bool
-
-def test_mask_of_a_picture_is_filled_in_its_plane():
-    a = np.zeros((1, 1, 7, 7)); a[..., 1:6, 1:6] = 1; a[..., 3, 3] = 0
-    assert nonzero_mask(a).sum() == 25
-    flat = np.zeros((1, 3, 7, 7)); flat[:, 1] = a[:, 0]
-    assert nonzero_mask(flat).sum() == 24 # a sheet in a volume has a hole that is open to both sides
 
 # --- a dataset
 
@@ -114,8 +29,8 @@ def change(case, f):
 
 def measured(monkeypatch):
     "The ids of the cases that are really read"
-    seen, real = [], F._measure
-    monkeypatch.setattr(F, '_measure', lambda c: (seen.append(c.id), real(c))[1])
+    seen, real = [], measure.measure_case
+    monkeypatch.setattr(measure, 'measure_case', lambda c: (seen.append(c.id), real(c))[1])
     return seen
 
 def test_json_has_exactly_the_stated_fields(heads, tmp_path):
@@ -165,44 +80,9 @@ def test_facts_of_another_file_are_not_taken(heads, tmp_path, monkeypatch):
     fingerprint_case(heads[0], tmp_path)
     seen = measured(monkeypatch)
     other = replace(heads[1], id=heads[0].id)
-    assert fingerprint_case(other, tmp_path).voxels == F._measure(heads[1]).voxels and seen == [heads[0].id, heads[1].id]
+    assert fingerprint_case(other, tmp_path).voxels == measure.measure_case(heads[1]).voxels and seen == [heads[0].id, heads[1].id]
     twin = shutil.copy2(heads[0].label, tmp_path/'twin.nii.gz') # same size, same time, another place
-    assert F._key(replace(heads[0], label=twin)) != F._key(heads[0])
-
-def test_a_series_is_looked_into(heads, tmp_path):
-    series = tmp_path/'series'
-    series.mkdir()
-    for i in range(3): (series/f'{i}.dcm').write_bytes(b'x')
-    case = replace(heads[0], images=(str(series),))
-    before = F._key(case)
-    assert F._key(case) == before
-    (series/'1.dcm').write_bytes(b'longer')
-    assert F._key(case) != before
-
-def test_damaged_facts_are_measured_again(heads, tmp_path):
-    case, rnd = heads[0], random.Random(0)
-    whole = fingerprint_case(case, tmp_path)
-    path, key = tmp_path/f'{case.id}.npz', F._key(case)
-    good = path.read_bytes()
-    damaged = [b'', b'PK', good[:len(good)//2], good[:-1], b'\0'*len(good), b'{"key": 1}']
-    for i in rnd.sample(range(len(good)), 200): damaged.append(good[:i] + bytes([good[i] ^ (1 << rnd.randrange(8))]) + good[i + 1:])
-    for b in damaged:
-        path.write_bytes(b)
-        kept = F._recall(path, key)
-        assert kept is None or (kept[:6] == whole[:6] and same(kept.counts[0], whole.counts[0]))
-    path.write_bytes(good[:50])
-    assert same(fingerprint_case(case, tmp_path).counts[0], whole.counts[0])
-    assert F._recall(path, key) is not None
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-class Trap:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return os.mkdir, (self.path,)
-
-def test_nothing_is_unpickled(heads, tmp_path):
-    path, key = tmp_path/f'{heads[0].id}.npz', F._key(heads[0])
-    np.savez(path, head=np.array(Trap(str(tmp_path/'sprung')), dtype=object))
-    assert F._recall(path, key) is None and not (tmp_path/'sprung').exists()
+    assert key_of_files(replace(heads[0], label=twin)) != key_of_files(heads[0])
 
 def test_after_an_interruption_the_rest_is_measured(heads, tmp_path, monkeypatch):
     ds = copy(heads, tmp_path)
@@ -242,54 +122,47 @@ def test_a_mask_beyond_the_box_is_not_called_empty(heads, tmp_path):
     def corner(y): y = y*0; y[0, 0, 0] = 1; return y
     for c in ds: change(c, corner)
     for _ in range(2): # measured, and recalled
-        with pytest.raises(InputError, match='in 5 of 5 cases the mask has foreground, but only beyond the box'): extract_fingerprint(ds, tmp_path/'work', workers=1)
+        with pytest.raises(InputError, match='heads: in 5 of 5 cases the foreground of the mask lies where the image is zero'): extract_fingerprint(ds, tmp_path/'work', workers=1)
     for c in ds: change(c, lambda y: y*0)
     with pytest.raises(InputError, match='all 5 masks are empty'): extract_fingerprint(ds, tmp_path/'work', workers=1)
-
-def test_corners_connect():
-    y = np.zeros((4, 4, 4), np.uint8)
-    for i in range(4): y[i, i, i] = 3
-    assert F._classes(y) == ({3: 4}, {3: 1})
-    y[2, 2, 2] = 0
-    assert F._classes(y) == ({3: 3}, {3: 2})
 
 def test_wrong_values_and_channels_name_all_cases(heads, tmp_path):
     ds = copy(heads, tmp_path)
     for i, v in ((0, 7), (4, 300)): change(ds[i], lambda y: np.where(y == 2, v, y.astype(np.uint16)))
     with pytest.raises(InputError) as e: extract_fingerprint(ds, workers=1)
     lines = str(e.value).splitlines()
-    assert lines[0] == '2 of 5 cases cannot be used:'
+    assert lines[0] == 'heads: 2 of 5 cases cannot be used:'
     assert lines[1].startswith(f'case {ds[0].id}: ') and 'the value 7' in lines[1] and ds[0].label in lines[1]
     assert lines[2].startswith(f'case {ds[4].id}: ') and 'the value 300' in lines[2]
     named = replace(ds, labels={**ds.labels, 'x': 7, 'y': 300})
     assert extract_fingerprint(named, workers=1).class_voxels['x'] > 0
-    with pytest.raises(InputError, match='phantom_001: has 1 channels, the dataset 2'): extract_fingerprint(replace(named, modalities=('a', 'b')), workers=1)
+    with pytest.raises(InputError, match='phantom_001: the image has 1 channels, the dataset has 2'): extract_fingerprint(replace(named, modalities=('a', 'b')), workers=1)
     two = make_phantoms(tmp_path/'two', n=1, channels=2, shape=(12, 30, 26))
     mixed = replace(named, modalities=(), cases=(*named.cases, replace(two[0], id='phantom_009')))
-    with pytest.raises(InputError, match='case phantom_009: has 2 channels, the dataset 1'): extract_fingerprint(mixed, workers=1)
+    with pytest.raises(InputError, match='case phantom_009: the image has 2 channels, the dataset has 1'): extract_fingerprint(mixed, workers=1)
 
 def test_not_a_number_under_the_mask(tmp_path, monkeypatch):
     ds = make_phantoms(tmp_path/'d', n=2, shape=(12, 30, 26))
-    real = F.read_case
+    real = measure.read_case
     def broken(case):
         s = real(case); s.image[0][s.label > 0] = np.nan
         return s
-    monkeypatch.setattr(F, 'read_case', broken)
-    with pytest.raises(InputError, match='case phantom_001: under the mask, .* not a number or infinite'): extract_fingerprint(ds, workers=1)
+    monkeypatch.setattr(measure, 'read_case', broken)
+    with pytest.raises(InputError, match='case phantom_001: under the mask, .* infinite or not a number; repair the image'): extract_fingerprint(ds, workers=1)
 
 def test_a_value_that_no_mask_can_be_written_with(heads, tmp_path):
     ds, s = copy(heads, tmp_path), read_case(heads[0])
     path = tmp_path/'large.nrrd'
     im = sitk.GetImageFromArray(s.label.astype(np.uint32)*70000)
     im.CopyInformation(sitk.ReadImage(heads[0].label)); sitk.WriteImage(im, str(path))
-    with pytest.raises(InputError, match='holds values from 0 to 140000; .* up to 65535'): extract_fingerprint(replace(ds, cases=(replace(ds[0], label=str(path)),)), workers=1)
+    with pytest.raises(InputError, match='holds values from 0 to 140000; use 0 for the background and whole numbers up to 65535'): extract_fingerprint(replace(ds, cases=(replace(ds[0], label=str(path)),)), workers=1)
 
 def test_case_without_a_mask(heads):
     with pytest.raises(InputError, match=f'case {heads[0].id}: it has no mask'): extract_fingerprint(replace(heads, cases=(replace(heads[0], label=None),)), workers=1)
 
 def test_a_fault_of_the_program_is_not_called_bad_data(heads, monkeypatch):
     def fault(case): raise ZeroDivisionError('ours')
-    monkeypatch.setattr(F, '_measure', fault)
+    monkeypatch.setattr(measure, 'measure_case', fault)
     with pytest.raises(ZeroDivisionError): extract_fingerprint(heads, workers=1)
 
 def test_pictures(tmp_path):
@@ -330,7 +203,7 @@ CASE = dict(id='a', shape=[9, 9, 9], spacing=[1, 1, 1], cropped_shape=[9, 9, 9])
 STATS = dict(mean=1., sd=1., p00_5=0., p50=1., p99_5=2., min=0., max=2.)
 
 @pytest.mark.parametrize('change,word', [
-    (dict(version=2), 'version 2'), (dict(extra=1), 'not a fingerprint'), (dict(cases=[]), 'lists no case'), (dict(modalities=['a', 'b']), 'describes 1 channels and names 2'),
+    (dict(version=2), 'version 2'), (dict(extra=1), 'this is not a fingerprint'), (dict(cases=[]), 'lists no case'), (dict(modalities=['a', 'b']), 'describes 1 channels and names 2'),
     (dict(cases=[dict(id='a')]), r"cases\[0\] lacks 'cropped_shape'"), (dict(cases=['a']), r"cases\[0\] is 'a' instead"), (dict(cases=[CASE | dict(spacing=[1, -1, 1])]), r'spacing\[1\] is -1'),
     (dict(cases=[CASE | dict(spacing=[1, 'x', 1])]), r"spacing\[1\] is 'x'"), (dict(cases=[CASE | dict(shape=[1, 2])]), r'shape is \[1, 2\] instead of a list of 3'), (dict(cases=[CASE | dict(id=5)]), 'id is 5'),
     (dict(modalities=5), 'modalities is 5'), (dict(cases=[CASE | dict(shape=[1e300, 9, 9])]), r'shape\[0\] is 1e\+300 instead of a whole'), (dict(cases=[CASE | dict(shape=[9., 9, 9])]), r'shape\[0\] is 9.0'),
