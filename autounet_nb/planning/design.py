@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DatasetStatistics', 'dataset_statistics', 'ModelRequest', 'plural', 'TooLarge', 'FittedModel', 'fit_model',
-           'nearest_fit']
+           'setting_text', 'nearest_fit']
 
 # %% ../../nbs/planning/25_design.ipynb #73bcec11
 from dataclasses import dataclass, field, replace
@@ -228,16 +228,23 @@ def _largest(requests, names):
             high = middle
     return _shrunk(requests, names, low / 1000)
 
-# %% ../../nbs/planning/25_design.ipynb #0307c22e
-def _setting_text(key, value):
-    "A setting as a person writes it: 3d.patch_size=64,128,128"
-    return f'{key}={",".join(map(str, value))}' if isinstance(value, list) else f'{key}={value}'
+# %% ../../nbs/planning/25_design.ipynb #cff0ea7f
+def _number(value): return f'{value:g}' if isinstance(value, float) else str(value)
 
+def setting_text(
+    key, # name of a setting
+    value, # that it is set to: a number, a word, or a list of these
+) -> str:
+    "A setting as a person writes it: 3d.patch_size=64,128,128"
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return f'{key}={",".join(map(_number, values))}'
+
+# %% ../../nbs/planning/25_design.ipynb #e78e458d
 def _proposal(request, requests, names):
     "What to set in place of these settings of a model, in words; None if nothing fits all models that take them"
     sharing = [r for r in requests if r != request and all(n in r.edits and r.key(n) == request.key(n) for n in names)]
     values = _largest([request, *sharing], names)
-    return values and ' with '.join(_setting_text(request.key(n), v) for n, v in values.items())
+    return values and ' with '.join(setting_text(request.key(n), v) for n, v in values.items())
 
 def nearest_fit(
     request, # `ModelRequest` that is too large
