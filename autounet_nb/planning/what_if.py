@@ -39,17 +39,19 @@ def with_one_changed(
         value = tuple(values)
     return replace(statistics, **{name: value}), hardware
 
-# %% ../../nbs/planning/29_what_if.ipynb #be7b6493
+# %% ../../nbs/planning/29_what_if.ipynb #153ef961
 _FACTOR = 8 # by which a fact is changed at most
 _VOXELS = 64 # a whole number may grow at least to this
 
 def _grid(now):
     "Function of a number of steps, +1, +2 … or −1, −2 …, that gives the value of a fact there; None beyond the range"
     counted = isinstance(now, int)
-    least, most = (1, max(now * _FACTOR, _VOXELS)) if counted else (.001, now * _FACTOR)
+    least, most = max(now / _FACTOR, .001), now * _FACTOR # mm, or a share
+    if counted:
+        least, most = max(now / _FACTOR, 1), max(now * _FACTOR, _VOXELS)
     def at(steps):
         value = now + steps if counted else round(now * 1.01**steps, 4)
-        return value if max(now / _FACTOR, least) <= value <= most else None
+        return value if least <= value <= most else None
     return at
 
 def _end(at, sign, low, high):
@@ -74,7 +76,7 @@ def _first(differs, at, sign):
             low = middle
     return at(sign * high)
 
-# %% ../../nbs/planning/29_what_if.ipynb #8f78feef
+# %% ../../nbs/planning/29_what_if.ipynb #3972ec73
 _UNITS = dict(median_shape='voxels', spacing='mm')
 
 def _number(value): return f'{value:.4g}' if isinstance(value, float) else str(value)
@@ -87,7 +89,7 @@ def _condition(fact, old, new):
     if name == 'size_ratio':
         return f'if cropping left {new:.0%} of the voxels instead of {old:.0%}'
     if name == 'cases':
-        kind = 'more case' if new > old else 'fewer case'
+        kind = {True: 'more case', False: 'fewer case'}[new > old]
         return f'with {plural(abs(new - old), kind)} ({new})'
     length = f'{name.replace("_", " ")} of {_number(new)} {_UNITS[name]}'
     return f'with a {length} along {axis} instead of {_number(old)}'
@@ -104,7 +106,7 @@ class Change:
 
     def __str__(self): return f'{_condition(self.fact, self.old, self.new)}: {value_text(self.key, self.becomes)}'
 
-# %% ../../nbs/planning/29_what_if.ipynb #f97afa19
+# %% ../../nbs/planning/29_what_if.ipynb #d0c5c035
 _HARDWARE = 'cpu', 'gpu-12gb', '8GB', '16GB', '24GB', '48GB' # that is tried
 _RATIOS = .75, 1. # what cropping may leave
 
@@ -144,9 +146,10 @@ class _Planner:
         "A fact as it is"
         if name == 'hardware':
             return self.hardware
-        name, _, axis = name.partition(' ')
-        value = getattr(self.statistics, {'cases': 'n'}.get(name, name))
-        return value[_AXES.index(axis)] if axis else value
+        if name in _LENGTHS:
+            name, _, axis = name.partition(' ')
+            return getattr(self.statistics, name)[_AXES.index(axis)]
+        return {'cases': self.statistics.n, 'size_ratio': self.statistics.size_ratio}[name]
 
     def nearest(self, key, fact):
         "The nearest values of a fact at which a planned value differs, at most one in each direction"
@@ -176,7 +179,7 @@ def what_if(
              for fact in FACTS if _matters(key, fact, statistics, e)]
     return [change for key, fact in asked for change in planner.changes(key, fact)]
 
-# %% ../../nbs/planning/29_what_if.ipynb #8a2d9565
+# %% ../../nbs/planning/29_what_if.ipynb #72958bed
 def explain(
     fingerprint, # a `Fingerprint`
     plan, # its `Plan`
@@ -187,6 +190,7 @@ def explain(
     for key in plan.reasons:
         if key.startswith(of):
             mine = [f'        {c}' for c in changes if c.key == key]
-            heading = ['    what would change it:'] if mine else []
-            lines += [plan.why(key), *heading, *mine]
+            lines.append(plan.why(key))
+            if mine:
+                lines += ['    what would change it:', *mine]
     return '\n'.join(lines)
