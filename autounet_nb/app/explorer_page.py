@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MESSAGES', 'HANDLERS', 'write_page', 'page_config', 'ExplorerPage', 'serve_explorer']
 
-# %% ../../nbs/app/88_explorer_page.ipynb #842aa18e
+# %% ../../nbs/app/88_explorer_page.ipynb #c3f1dd46
 import secrets, signal, tempfile, webbrowser
 from html import escape
 from pathlib import Path
@@ -24,15 +24,17 @@ from voila.shutdown_kernel_handler import VoilaShutdownKernelHandler
 from voila.static_file_handler import MultiStaticFileHandler, TemplateStaticFileHandler
 from voila.tornado.handler import TornadoVoilaHandler
 from voila.tornado.kernel_websocket_handler import VoilaKernelWebsocketHandler
-from ..core.errors import DataError
+from ..core.errors import InputError
 from ..core.files import write_json
+from ..core.work import Work
 from .choices import Choices
 
-# %% ../../nbs/app/88_explorer_page.ipynb #8f8b4a41
+# %% ../../nbs/app/88_explorer_page.ipynb #c37344cf
 _CELL = """import json
 from autounet_nb.app.explorer import PlanExplorer
-with open('explorer.json', encoding='utf-8') as f: settings = json.load(f)
-PlanExplorer('fingerprint.json', **settings)"""
+with open('explorer.json', encoding='utf-8') as f:
+    settings = json.load(f)
+PlanExplorer('.', **settings)"""
 
 def write_page(
     folder, # that only this user can read
@@ -42,88 +44,121 @@ def write_page(
 ) -> Path: # of the notebook
     "Write the notebook of the page, and beside it what it shows"
     folder = Path(folder)
-    fingerprint.save(folder/'fingerprint.json')
+    fingerprint.save(Work(folder).fingerprint_file)
     write_json(folder/'explorer.json', dict(hardware=hardware, save_to=str(Path(save_to).resolve())))
     cell = dict(cell_type='code', id='explorer', metadata={}, execution_count=None, outputs=[], source=_CELL)
     kernel = dict(name='python3', display_name='Python 3', language='python')
-    write_json(folder/'Plan explorer.ipynb', dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5))
+    notebook = dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+    write_json(folder/'Plan explorer.ipynb', notebook)
     return folder/'Plan explorer.ipynb'
 
-# %% ../../nbs/app/88_explorer_page.ipynb #a95b0b1e
-MESSAGES = 'comm_open', 'comm_msg', 'comm_close', 'comm_info_request', 'kernel_info_request' # that a browser may send: those of widgets
-HANDLERS = TornadoVoilaHandler, KernelHandler, VoilaKernelWebsocketHandler, VoilaShutdownKernelHandler, TemplateStaticFileHandler, MultiStaticFileHandler, FileFindHandler, ThemesHandler
+# %% ../../nbs/app/88_explorer_page.ipynb #b2f5afe9
+MESSAGES = ( # that a browser may send: those of widgets
+    'comm_open', 'comm_msg', 'comm_close', 'comm_info_request', 'kernel_info_request')
+HANDLERS = ( # of Voilà that are served
+    TornadoVoilaHandler, KernelHandler, VoilaKernelWebsocketHandler, VoilaShutdownKernelHandler,
+    TemplateStaticFileHandler, MultiStaticFileHandler, FileFindHandler, ThemesHandler)
+_WIDGETS = ( # extensions that draw the widgets
+    '@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager7', '@voila-dashboards/widgets-manager8')
+_POLICY = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; "
+           "base-uri 'self'; form-action 'none'")
 
 class _ThisPython(KernelSpecManager):
     "Knows no kernel but the Python that runs this"
     def _kernel_dirs_default(self): return []
+
     def get_kernel_spec(self, name):
         spec = super().get_kernel_spec(name)
         spec.argv.append('--log-level=40') # nobody reads its warnings
         return spec
 
-class _NoToken(RequestHandler):
-    "Where those are sent who come without the token"
-    def get(self): self.set_status(403); self.finish('Open the address that autounet explore printed: it holds the token.')
-
-class _Alive(KernelHandler):
-    "Says whether a page's process is there"
-    async def delete(self, kernel_id): raise HTTPError(405)
-
-_errors = jinja2.Environment(autoescape=True, loader=jinja2.DictLoader({'error.html': '{{ status_code }}: {{ status_message }}'})) # Jupyter's own error page wants files that aren't served
-
-_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; base-uri 'self'; form-action 'none'"
-
 def page_config() -> Config:
     "Settings of Voilà for a page that shows one notebook and nothing else"
     c = Config()
-    c.VoilaConfiguration = Config(allow_template_override='NO', allow_theme_override='NO', file_allowlist=[], file_denylist=['.*'], extension_allowlist=['@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager7', '@voila-dashboards/widgets-manager8'], kernel_spec_manager_class=_ThisPython)
-    c.MappingKernelManager = Config(cull_idle_timeout=3600, cull_interval=300) # of pages that were closed without saying so
+    c.VoilaConfiguration = Config(
+        allow_template_override='NO', allow_theme_override='NO', file_allowlist=[], file_denylist=['.*'],
+        extension_allowlist=list(_WIDGETS), kernel_spec_manager_class=_ThisPython)
+    c.MappingKernelManager = Config(cull_idle_timeout=3600, cull_interval=300) # of pages that were closed unnoticed
     return c
+
+# %% ../../nbs/app/88_explorer_page.ipynb #2f7af3f6
+class _NoToken(RequestHandler):
+    "Where those are sent who come without the token"
+    def get(self):
+        self.set_status(403)
+        self.finish('Open the address that autounet explore printed: it holds the token.')
+
+class _Alive(KernelHandler):
+    "Says whether the process of a page is there"
+    async def delete(self, kernel_id):
+        raise HTTPError(405)
+
+# Jupyter's own error page wants files that are not served
+_ERRORS = jinja2.Environment(
+    autoescape=True, loader=jinja2.DictLoader({'error.html': '{{ status_code }}: {{ status_message }}'}))
 
 class ExplorerPage(Voila):
     "A Voilà server that serves one notebook to one person"
     def init_settings(self):
         settings = super().init_settings()
         self.kernel_manager.allowed_message_types = list(MESSAGES)
-        return settings | dict(allow_remote_access=False, headers={'Content-Security-Policy': _POLICY}, jinja2_env=_errors, ws_ping_timeout=30_000, log_function=lambda handler: None)
+        return settings | dict(
+            allow_remote_access=False, headers={'Content-Security-Policy': _POLICY}, jinja2_env=_ERRORS,
+            ws_ping_timeout=30_000, log_function=lambda handler: None)
 
     def init_handlers(self):
-        kept = [h for h in super().init_handlers() if h[1] in HANDLERS]
-        instead = {TornadoVoilaHandler: lambda h: ('/', *h[1:]), KernelHandler: lambda h: (h[0], _Alive)} # one notebook, whatever the path; look, don't end
-        return [instead.get(h[1], lambda h: h)(h) for h in kept] + [('/login', _NoToken)]
+        handlers = []
+        for path, handler, *options in super().init_handlers():
+            if handler is TornadoVoilaHandler:
+                path = '/' # one notebook, whatever the path
+            if handler is KernelHandler:
+                handler, options = _Alive, [] # look, but do not end
+            if handler is _Alive or handler in HANDLERS:
+                handlers.append((path, handler, *options))
+        return [*handlers, ('/login', _NoToken)]
 
     def listen(self):
         "Serve until Ctrl-C"
-        try: sockets = bind_sockets(self.port, self.ip)
-        except OSError as e: raise DataError(f'Port {self.port} cannot be used ({e.strerror}): choose another, or none for any that is free.') from None
+        try:
+            sockets = bind_sockets(self.port, self.ip)
+        except OSError as e:
+            problem, fix = f'it cannot be used ({e.strerror})', 'choose another one, or none to take any that is free'
+            raise InputError(f'port {self.port}', problem, fix, 'port') from None
         self.port = sockets[0].getsockname()[1]
-        server = HTTPServer(self.app); server.add_sockets(sockets)
+        server = HTTPServer(self.app)
+        server.add_sockets(sockets)
         self.ioloop = IOLoop.current()
         signal.signal(signal.SIGINT, self._handle_signal_stop)
         url = f'http://{self.ip}:{self.port}/?token={self.token}'
         print(f'The plan explorer is at\n{url}\nCtrl-C ends it.', flush=True)
-        if self.open_browser: self._open(url)
-        try: self.ioloop.start()
-        finally: server.stop(); self.stop()
+        if self.open_browser:
+            self._open(url)
+        try:
+            self.ioloop.start()
+        finally:
+            server.stop()
+            self.stop()
 
     def _open(self, url):
-        "By a file that leads there: the words of a command can be read by everybody on the machine"
+        "Open the browser by a file that leads there, so that the token stands in no command line"
         page = Path(self.root_dir)/'open.html'
         page.write_text(f'<meta http-equiv="refresh" content="0; url={escape(url)}">')
         webbrowser.open(page.as_uri())
 
-# %% ../../nbs/app/88_explorer_page.ipynb #51df1dee
+# %% ../../nbs/app/88_explorer_page.ipynb #689420b4
 def serve_explorer(
     fingerprint, # a `Fingerprint`
-    hardware=None, # a name in HARDWARE, or a memory such as '16GB'; None: that of the saved plan, or what this machine has
-    save_to='plan.json', # where the save button writes; a plan that is there is gone on from
+    hardware=None, # a name in HARDWARE, or a memory such as '16GB'; None: that of the saved plan or of this machine
+    save_to=Work('.').plan_file, # where the save button writes; a plan that is there is gone on from
     port=0, # on 127.0.0.1; 0 takes any that is free
     browser=True, # open a browser
 ):
     "Show the explorer as a web page on this machine, until Ctrl-C"
-    Choices.saved(fingerprint, save_to, hardware) # so that what cannot be planned is said here, not in the page
+    Choices.saved(fingerprint, save_to, hardware) # says here what cannot be planned, not in the page
     with tempfile.TemporaryDirectory(prefix='autounet_') as folder:
         notebook = write_page(folder, fingerprint, hardware, save_to)
-        page = ExplorerPage(config=page_config(), ip='127.0.0.1', port=port, token=secrets.token_urlsafe(), open_browser=browser, connection_dir_root=folder, config_file_paths=[], log_level=40)
+        page = ExplorerPage(
+            config=page_config(), ip='127.0.0.1', port=port, token=secrets.token_urlsafe(), open_browser=browser,
+            connection_dir_root=folder, config_file_paths=[], log_level=40)
         page.initialize([str(notebook)])
         page.start()
