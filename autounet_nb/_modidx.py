@@ -1640,6 +1640,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'autounet_nb/training/loss.py'),
                                            'autounet_nb.training.loss._check': ( 'training/loss.html#_check',
                                                                                  'autounet_nb/training/loss.py'),
+                                           'autounet_nb.training.loss._finest': ( 'training/loss.html#_finest',
+                                                                                  'autounet_nb/training/loss.py'),
                                            'autounet_nb.training.loss._reduce': ( 'training/loss.html#_reduce',
                                                                                   'autounet_nb/training/loss.py'),
                                            'autounet_nb.training.loss._single': ( 'training/loss.html#_single',
