@@ -31,8 +31,8 @@ from .training.loss import *
 from .training.augment import *
 from .training.cascade_augmentation import *
 from .training.patches import *
+from .training.log import *
 from .training.schedule import *
-from .training.load import *
 from .training.train import *
 from .inference.windows import *
 from .inference.export import *

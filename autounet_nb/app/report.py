@@ -32,7 +32,7 @@ from ..planning.plan import Plan
 from ..planning.rules import coarsest_axis
 from ..viz.dataset import gray_window, plot_fingerprint, plot_montage, show_slice
 from ..viz.plan import plot_patch, plot_unet
-from ..training.schedule import read_history
+from ..training.log import read_history
 from ..inference.ensemble import too_short
 from ..evaluation.choose import Choice, score_models, scored_folds
 from ..evaluation.cross_validation import fold_folder

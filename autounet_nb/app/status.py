@@ -13,7 +13,7 @@ import platform, psutil, time
 from ..core.errors import DataError, InputError
 from ..core.files import read_json
 from ..core.text import aligned, time_text
-from ..training.schedule import read_history
+from ..training.log import read_history
 from ..training.train import finished_training
 from ..inference.ensemble import mean_dice
 from ..evaluation.cross_validation import fold_folder, trainings

@@ -6,20 +6,25 @@
 __all__ = ['SoftDice', 'DiceCELoss']
 
 # %% ../../nbs/training/52_loss.ipynb #946f1618
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import nn
-from ..core.errors import DataError
+from ..core.errors import InputError
 from ..core.distributed import all_reduce
 
 # %% ../../nbs/training/52_loss.ipynb #81930673
 def _single(x):
     "At least single precision: sums over a patch overflow in half precision"
-    return x if x.dtype == torch.float64 else x.float()
+    if x.dtype == torch.float64:
+        return x
+    return x.float()
 
 def _check(logits, target):
     "InputError if scores and classes don't belong together"
-    if logits.shape[:1] + logits.shape[2:] != target.shape:
-        raise DataError(f'Logits of shape {tuple(logits.shape)} need classes of shape {(*logits.shape[:1], *logits.shape[2:])}, not {tuple(target.shape)}.')
+    needed = (*logits.shape[:1], *logits.shape[2:])
+    if tuple(target.shape) != needed:
+        raise InputError('loss', f'logits of shape {tuple(logits.shape)} need classes of shape {needed}, '
+                         f'not {tuple(target.shape)}', 'give one class per voxel')
 
 class SoftDice(nn.Module):
     "Minus soft Dice, averaged over classes (Training Procedure)"
@@ -37,15 +42,31 @@ class SoftDice(nn.Module):
         _check(logits, target)
         u = _single(logits).softmax(1)
         v = torch.zeros_like(u).scatter_(1, target[:, None], 1)
-        axes = [i for i in range(u.ndim) if i > 1 or (i == 0 and self.batch_dice)]
+        axes = list(range(2, u.ndim))
+        if self.batch_dice:
+            axes = [0, *axes]
         overlap, sizes = (u * v).sum(axes), u.sum(axes) + v.sum(axes)
-        if self.batch_dice: overlap, sizes = all_reduce(torch.stack([overlap, sizes])) # several processes may share a batch
+        if self.batch_dice:
+            overlap, sizes = all_reduce(torch.stack([overlap, sizes])) # several processes may share a batch
         dice = 2 * overlap / sizes.clamp(min=1e-8) # per class, or per sample and class
-        return -dice[..., 0 if self.background else 1:].mean()
+        return -dice[..., int(not self.background):].mean()
 
-    def extra_repr(self): return f'batch_dice={self.batch_dice}, background={self.background}'
+    def extra_repr(self):
+        return f'batch_dice={self.batch_dice}, background={self.background}'
 
 # %% ../../nbs/training/52_loss.ipynb #696513f0
+def _finest(logits):
+    "The first of a list of logits, or the only ones"
+    if torch.is_tensor(logits):
+        return logits
+    return logits[0]
+
+def _reduce(target, size):
+    "Class indices at a coarser size, nearest neighbor"
+    if target.shape[1:] == size:
+        return target
+    return F.interpolate(target[:, None].float(), size, mode='nearest-exact')[:, 0].long()
+
 class DiceCELoss(nn.Module):
     "Soft Dice plus cross-entropy (Training Procedure); a list of logits is deep supervision [v2]"
     def __init__(self,
@@ -55,7 +76,10 @@ class DiceCELoss(nn.Module):
         super().__init__()
         self.soft_dice = SoftDice(batch_dice, background)
 
-    def one(self, logits, target):
+    def one(self,
+        logits, # scores, (b, classes, *patch)
+        target, # class indices, (b, *patch)
+    ):
         "The loss of one tensor of logits"
         return self.soft_dice(logits, target) + F.cross_entropy(_single(logits), target)
 
@@ -63,14 +87,16 @@ class DiceCELoss(nn.Module):
         logits, # scores, (b, classes, *patch), or a list of them from fine to coarse
         target, # class indices, (b, *patch)
     ):
-        if torch.is_tensor(logits): return self.one(logits, target)
+        if torch.is_tensor(logits):
+            return self.one(logits, target)
         weights = [.5**i for i in range(len(logits))]
-        return sum(w * self.one(l, _reduce(target, l.shape[2:])) for w, l in zip(weights, logits)) / sum(weights)
+        losses = [self.one(l, _reduce(target, l.shape[2:])) for l in logits]
+        return sum(w * l for w, l in zip(weights, losses)) / sum(weights)
 
-    def activation(self, logits): return _single(logits if torch.is_tensor(logits) else logits[0]).softmax(1)
-    def decodes(self, logits): return (logits if torch.is_tensor(logits) else logits[0]).argmax(1)
+    def activation(self, logits):
+        "Probabilities"
+        return _single(_finest(logits)).softmax(1)
 
-def _reduce(target, size):
-    "Class indices at a coarser size, nearest neighbour"
-    if target.shape[1:] == size: return target
-    return F.interpolate(target[:, None].float(), size, mode='nearest-exact')[:, 0].long()
+    def decodes(self, logits):
+        "Class indices"
+        return _finest(logits).argmax(1)

@@ -33,10 +33,10 @@ from ..preprocessing.preprocess import PreprocessedCase
 from ..preprocessing.splits import check_fold, work_splits
 from .augment import Augment, FEW_CASES
 from .cascade_augmentation import FirstStage
-from .load import FollowLoad
+from .log import ForegroundDice, TrainingLog, read_history
 from .loss import DiceCELoss
 from .patches import patch_dls
-from .schedule import Budget, ForegroundDice, TrainingLog, PaperSchedule, read_history
+from .schedule import Budget, FollowLoad, PaperSchedule
 from .unet import build_unet, channels_last, mixed_precision
 from .weights import find_device, load_tensors, save_tensors
 
@@ -140,7 +140,7 @@ def get_learner(
 def _bars(learn):
     "fastai's bars where somebody watches, a notebook or a terminal; elsewhere one printed line per epoch"
     if watched(): return nullcontext()
-    learn.training_log.talk = True
+    learn.training_log.verbose = True
     return ContextManagers([learn.no_bar(), learn.no_logging()])
 
 @contextmanager
@@ -171,7 +171,7 @@ def fit_learner(
         if 'DataLoader worker' in str(e) and (cases := _loading(learn.dls, e)): raise DataError(f'case {" or ".join(cases)}: the process that loaded patches of it was killed, most likely because the memory ran out; free some and call it again') from None
         raise
     finally:
-        learn.training_log.rest()
+        learn.training_log.stop_heartbeat()
         if hasattr(learn, 'follow_load'): learn.follow_load.stop()
     return learn
 

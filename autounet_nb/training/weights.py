@@ -6,56 +6,88 @@
 __all__ = ['save_tensors', 'load_tensors', 'find_device', 'load_model']
 
 # %% ../../nbs/training/51_weights.ipynb #1917c324
-from pathlib import Path
 import json
 import torch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file, save
-from ..core.errors import DataError
+from ..core.errors import InputError
 from ..core.files import atomic, read_json
 from ..core.threads import use_cores
+from ..core.work import Work
 from ..planning.config import ModelConfig
 from .unet import build_unet
 
 # %% ../../nbs/training/51_weights.ipynb #43c24ebd
-def save_tensors(path, tensors, **info):
-    "Write named tensors, and whatever JSON can hold, as one safetensors file; whole or not at all"
+def save_tensors(
+    path, # of the file
+    tensors, # dict of tensors
+    **info, # anything that JSON can hold
+):
+    "Write named tensors and further information as one safetensors file, completely or not at all"
     plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    with atomic(path) as tmp: tmp.write_bytes(save(plain, metadata={k: json.dumps(v) for k, v in info.items()})) # `save_file` leaves a file of its own behind where it is killed
+    data = save(plain, metadata={k: json.dumps(v) for k, v in info.items()})
+    with atomic(path) as tmp:
+        tmp.write_bytes(data)
 
-def load_tensors(path):
-    "Tensors and information of such a file; InputError if it isn't one"
+# %% ../../nbs/training/51_weights.ipynb #e711793d
+def load_tensors(
+    path, # of a file by `save_tensors`
+) -> tuple: # dict of tensors, and the further information
+    "Tensors and information of such a file; InputError if it is another kind of file"
     try:
-        with safe_open(path, 'pt') as f: info = f.metadata() or {}
+        with safe_open(path, 'pt') as f:
+            info = f.metadata() or {}
         return load_file(path), {k: json.loads(v) for k, v in info.items()}
-    except (SafetensorError, json.JSONDecodeError) as e: raise DataError(f'{path} is not a whole safetensors file of this package ({e}): train the model again.') from None
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise InputError(path, f'this is not a complete safetensors file of this package ({e})',
+                         'train the model again') from None
 
 # %% ../../nbs/training/51_weights.ipynb #3dfc334a
 def find_device(
     name=None, # 'cpu', 'cuda', 'cuda:1' …; None: CUDA if there is one
 ) -> str:
-    "Where to compute; InputError for a device that this machine doesn't have"
+    "Where to compute; InputError for a device that this machine does not have"
     use_cores()
-    if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError): raise DataError(f'This machine, or its PyTorch, has no device {str(name)!r}: leave it out, or say cpu.') from None
+    if name is None:
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError('device', f'this machine, or its PyTorch, has no device {str(name)!r}',
+                         'leave the device out, or say cpu') from None
     return str(name)
+
+# %% ../../nbs/training/51_weights.ipynb #ada06e1b
+def _described(
+    path, # of a model.json
+) -> tuple: # ModelConfig, whether mirror images were used, intensity properties or None
+    "What the description of a network says"
+    try:
+        d = read_json(path)
+        return ModelConfig(**d['config']), d.get('mirrored', True), (d.get('recipe') or {}).get('reading')
+    except (TypeError, KeyError, AttributeError) as e:
+        raise InputError(path, f'this does not describe a model ({e})', 'train it again') from None
 
 def load_model(
     work, # work folder
     model, # name of the model
     fold, # number of the fold
     device='cpu',
-    net=None, # the network of your own that was trained, where it was one
-):
+    net=None, # the network of your own that was trained, if the training had one
+) -> tuple: # network, ModelConfig
     "The trained network, ready to predict, and its ModelConfig"
-    folder = Path(work)/'models'/model/f'fold_{fold}'
-    if not (folder/'weights.safetensors').exists(): raise DataError(f'Model {model} has no trained fold {fold} in {work}: train it with `autounet train` or `autounet run`.')
-    try: config, mirrored = ModelConfig(**(d := read_json(folder/'model.json'))['config']), d.get('mirrored', True)
-    except (TypeError, KeyError, AttributeError) as e: raise DataError(f'{folder/"model.json"} does not describe a model ({e}): train it again.') from None
-    net = build_unet(config) if net is None else net
-    try: net.load_state_dict(load_tensors(folder/'weights.safetensors')[0])
-    except RuntimeError: raise DataError(f'The weights in {folder} are of another network than model.json describes: train it again, or pass the `net` that was trained.') from None
-    net.reading = (d.get('recipe') or {}).get('reading') # how its data was normalised, and its classes
-    net.mirrored = mirrored # whether it knows mirror images, and prediction may average over them
+    files = Work(work).fold(model, fold)
+    if not files.weights.exists():
+        raise InputError(f'model {model}', f'there is no trained fold {fold} in {work}',
+                         'train it with `autounet train` or `autounet run`')
+    config, mirrored, reading = _described(files.description)
+    if net is None:
+        net = build_unet(config)
+    try:
+        net.load_state_dict(load_tensors(files.weights)[0])
+    except RuntimeError:
+        raise InputError(files.weights, 'these weights are of another network than model.json describes',
+                         'train it again, or pass the `net` that was trained') from None
+    net.reading = reading # how its data was normalized, and its classes
+    net.mirrored = mirrored # whether prediction may average over mirror images
     return net.to(device).eval(), config

@@ -1,4 +1,4 @@
-"Augmentation: drawn before applied, image and mask move together, and by as much as was drawn."
+"Augmentation: parameters are sampled before they are applied, image and mask move together, by as much as was sampled."
 from dataclasses import replace
 import math
 import pytest, torch
@@ -65,7 +65,7 @@ def test_flat_patches_are_bent_in_their_plane_only():
 @pytest.mark.parametrize('patch', [(16, 20, 18), (24, 30), (5, 40, 36)])
 @pytest.mark.parametrize('piece', [200, 2**17])
 def test_each_sample_of_a_batch_moves_as_it_would_alone(patch, piece, monkeypatch):
-    monkeypatch.setattr('autounet_nb.training.augment.PIECE', piece) # a few slices at a time, or all of them
+    monkeypatch.setattr('autounet_nb.training.augment.VOXELS_AT_ONCE', piece) # a few slices at a time, or all of them
     x, y = torch.randn(4, 2, *patch), torch.randint(0, 3, (4, *patch))
     d = sample_params(replace(augment_3d, p_rotation=1, p_scaling=1, p_elastic=1), x.shape, torch.Generator().manual_seed(0))
     for v, still in zip(d, nothing(x.shape)): v[[0, 2]] = still[[0, 2]]
@@ -93,4 +93,4 @@ def test_how_often_things_happen():
     assert abs(d.flip.float().mean() - .5) < .02 and d.angle.abs().max() <= math.radians(augment_3d.rotation)
 
 def test_a_mask_of_another_size_is_refused():
-    with pytest.raises(InputError, match='need classes of shape'): augment(torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 9, dtype=torch.long))
+    with pytest.raises(InputError, match=r'batch: images of shape \(1, 1, 8, 8\) need classes of shape \(1, 8, 8\)'): augment(torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 9, dtype=torch.long))

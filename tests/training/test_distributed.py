@@ -14,7 +14,8 @@ from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.planning.plan import Plan, make_plan
 from autounet_nb.preprocessing.preprocess import PreprocessedCase, write_array
 from autounet_nb.app.run import prepare
-from autounet_nb.training.schedule import Budget, read_history
+from autounet_nb.training.log import read_history
+from autounet_nb.training.schedule import Budget
 from autounet_nb.core.distributed import rank_and_size
 from autounet_nb.training.train import BFloat16Autocast, fit_learner, get_learner, preprocessed_cases, train_fold
 

@@ -54,4 +54,4 @@ def test_activation_and_decodes_are_what_fastai_asks_for():
     assert (DiceCELoss().decodes(logits) == logits.argmax(1)).all()
 
 def test_mistakes_are_said():
-    with pytest.raises(InputError, match='need classes of shape'): DiceCELoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 5, dtype=torch.long))
+    with pytest.raises(InputError, match=r'need classes of shape \(1, 4, 4\), not \(1, 4, 5\)'): DiceCELoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 5, dtype=torch.long))

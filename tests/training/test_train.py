@@ -104,7 +104,7 @@ def test_a_model_from_somebody_else_is_only_numbers(prepared, tmp_path):
     fold = tmp_path/'models'/'3d'/'fold_0'
     good = (fold/'weights.safetensors').read_bytes()
     torch.save({'x': torch.zeros(1)}, fold/'weights.safetensors')
-    with pytest.raises(InputError, match='not a whole safetensors file'): load_model(tmp_path, '3d', 0)
+    with pytest.raises(InputError, match='not a complete safetensors file'): load_model(tmp_path, '3d', 0)
     save_tensors(fold/'weights.safetensors', {'x': torch.zeros(1)})
     with pytest.raises(InputError, match='another network'): load_model(tmp_path, '3d', 0)
     (fold/'weights.safetensors').write_bytes(good)

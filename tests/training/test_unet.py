@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from autounet_nb.core.errors import InputError
 from autounet_nb.planning.plan import make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
-from autounet_nb.training.unet import UNet, build_unet
+from autounet_nb.training.unet import InstanceNorm, UNet, build_unet
 
 @settings(max_examples=25, deadline=None)
 @given(st.tuples(st.integers(1, 200), st.integers(8, 400), st.integers(8, 400)), st.floats(.5, 6), st.integers(1, 3), st.integers(1, 4))
@@ -56,15 +56,14 @@ def test_deep_supervision_and_strided_pooling_are_options():
 
 def test_what_does_not_fit_is_said():
     net = UNet(2, 1, 2, (4, 8), ((3, 3),) * 2, ((1, 1), (2, 2)))
-    for x, words in ((torch.zeros(1, 1, 7, 8), 'multiple of 2×2'), (torch.zeros(1, 2, 8, 8), '1 channels, not 2'), (torch.zeros(1, 1, 8), 'axes')):
+    for x, words in ((torch.zeros(1, 1, 7, 8), '7×8 is no multiple of 2×2; pad it'), (torch.zeros(1, 2, 8, 8), 'it has 2 channels, and the network was built for 1'), (torch.zeros(1, 1, 8), 'takes batch, channel and 2 axes')):
         with pytest.raises(InputError, match=words): net(x)
     with pytest.raises(InputError, match='top level'): UNet(2, 1, 2, (4,), ((3, 3),), ((2, 2),))
 
 @pytest.mark.parametrize('size,layout', [((2, 5, 6, 7), torch.channels_last), ((2, 5, 4, 6, 7), torch.channels_last_3d)])
 def test_the_quick_instance_norm_is_torchs(size, layout):
     "Forward and gradients of the path for channels that lie side by side, against the plain one"
-    from autounet_nb.training.unet import _InstanceNorm
-    norm = _InstanceNorm(5).double()
+    norm = InstanceNorm(5).double()
     torch.nn.init.normal_(norm.weight); torch.nn.init.normal_(norm.bias)
     results = []
     for x in (torch.randn(size, dtype=torch.double, generator=torch.Generator().manual_seed(0)).mul(3).add(2) for _ in range(2)):
