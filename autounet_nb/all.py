@@ -32,10 +32,13 @@ from .training.cascade_augmentation import *
 from .training.patches import *
 from .training.schedule import *
 from .training.load import *
+from .training.learner import *
 from .training.train import *
 from .inference.windows import *
 from .inference.export import *
 from .inference.ensemble import *
+from .inference.one_scan import *
+from .inference.results import *
 from .inference.predict import *
 from .evaluation.metrics import *
 from .evaluation.scores import *
