@@ -11,7 +11,6 @@ from .data.cases import *
 from .data.find import *
 from .data.phantom import *
 from .data.check import *
-from .planning.measure import *
 from .planning.fingerprint import *
 from .planning.rules import *
 from .planning.memory import *
@@ -31,12 +30,15 @@ from .training.loss import *
 from .training.augment import *
 from .training.cascade_augmentation import *
 from .training.patches import *
-from .training.log import *
 from .training.schedule import *
+from .training.load import *
+from .training.learner import *
 from .training.train import *
 from .inference.windows import *
 from .inference.export import *
 from .inference.ensemble import *
+from .inference.one_scan import *
+from .inference.results import *
 from .inference.predict import *
 from .evaluation.metrics import *
 from .evaluation.scores import *

@@ -55,7 +55,8 @@ def _learner(folder, cbs=(), **budget):
     from autounet_nb.training.patches import patch_dls
     from autounet_nb.planning.plan import Plan
     from autounet_nb.training.schedule import Budget
-    from autounet_nb.training.train import get_learner, preprocessed_cases
+    from autounet_nb.training.learner import get_learner
+    from autounet_nb.training.train import preprocessed_cases
     work = folder/'ours'/'hippocampus'
     config = replace(Plan.load(work/'plan.json').models['3d'], patch_size=NETWORK['patch_size'], batch_size=NETWORK['batch_size'], features_per_stage=NETWORK['features_per_stage'])
     split = read_json(folder/'splits.json')[0]
@@ -138,7 +139,8 @@ def fast(case, folder):
 def many(case, folder):
     "300 predictions of small scans in one process: memory and handles, and seconds after the first against those of the computing alone"
     import psutil
-    from autounet_nb.inference.predict import Predictor, native_labels
+    from autounet_nb.inference.one_scan import native_labels
+    from autounet_nb.inference.predict import Predictor
     from autounet_nb.preprocessing.preprocess import preprocess_case
     from autounet_nb.inference.ensemble import mean_softmax
     predictor = Predictor(folder/'ours'/'hippocampus', '3d', [0])
@@ -160,7 +162,7 @@ def _untrained(work, shape, classes, patch):
     "A work folder with a plan for CTs of this shape, and a small network that has learnt nothing"
     import torch
     from autounet_nb.core.files import write_json
-    from autounet_nb.planning.plan import make_plan
+    from autounet_nb.planning.planner import make_plan
     from autounet_nb.planning.rules import sketch_fingerprint
     from autounet_nb.training.weights import save_tensors
     from autounet_nb.training.unet import build_unet

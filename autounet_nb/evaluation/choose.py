@@ -20,7 +20,7 @@ from ..data.images import split_name, write_like
 from ..planning.plan import Plan
 from ..preprocessing.preprocess import PreprocessedCase
 from ..inference.ensemble import trained_folds
-from ..inference.predict import native_labels
+from ..inference.one_scan import native_labels
 from .cross_validation import fold_folder, validated_cases, softmax_slabs
 from .scores import FEW, Scores, evaluate
 

@@ -18,7 +18,7 @@ from ..preprocessing.preprocess import new_array, open_array, sources_of
 from ..training.train import preprocessed_cases
 from ..training.weights import find_device
 from ..inference.ensemble import InferenceOptions, load_ensemble, mean_softmax
-from ..inference.predict import native_labels
+from ..inference.one_scan import native_labels
 from .scores import Scores, evaluate, plot_prediction
 
 # %% ../../nbs/evaluation/73_cross_validation.ipynb #98e39d16

@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from ..core.distributed import rank_and_size
 from ..data.images import read_label
 from ..inference.ensemble import InferenceOptions, mean_softmax, scan_window
-from ..inference.predict import native_labels
+from ..inference.one_scan import native_labels
 from ..inference.windows import count_windows
 from .metrics import case_metrics
 

@@ -20,7 +20,8 @@ from ..core.text import bytes_text
 from ..core.threads import cores
 from ..data.cases import read_case
 from ..data.images import Geometry
-from ..planning.fingerprint import Fingerprint, nonzero_box, nonzero_mask
+from ..planning.fingerprint import Fingerprint
+from ..planning.measure import nonzero_box, nonzero_mask
 from ..planning.memory import available_memory, prepare_needs
 from .resample import resample, resample_labels, resampled_shape
 

@@ -10,12 +10,12 @@ from autounet_nb.data.images import read_label
 from autounet_nb.planning.fingerprint import extract_fingerprint
 from autounet_nb.training.patches import patch_dls
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.preprocessing.preprocess import _prepare, preprocess
 from autounet_nb.training.schedule import PaperSchedule
-from autounet_nb.training.train import fit_learner, get_learner
+from autounet_nb.training.learner import fit_learner, get_learner
 
-COMMAND = 'import sys, autounet_nb.training.train as t; t.EVERY = float(sys.argv[1]); from autounet_nb.app.cli import main; sys.exit(main(sys.argv[2:]))'
+COMMAND = 'import sys, autounet_nb.training.learner as t; t.EVERY = float(sys.argv[1]); from autounet_nb.app.cli import main; sys.exit(main(sys.argv[2:]))'
 
 def start(*args, every=180):
     "The command in a process group of its own, with a checkpoint after so many seconds"

@@ -5,8 +5,9 @@ import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
 from autounet_nb.core.errors import InputError
 from autounet_nb.core.files import read_json, write_json
+from autounet_nb.data.cases import read_case
 from autounet_nb.data.images import read_image, read_label
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
 from autounet_nb.inference.ensemble import InferenceOptions
 from autounet_nb.inference.predict import Predictor, predict, segment
@@ -23,7 +24,8 @@ class Threshold(torch.nn.Module):
 class Leaning(torch.nn.Module):
     "Says class 1 in the lower half of whatever it is shown"
     def forward(self, x):
-        s = torch.zeros_like(x[:, :1]); s[:, :, :s.shape[2] // 2] = 50
+        s = torch.zeros_like(x[:, :1])
+        s[:, :, :s.shape[2] // 2] = 50
         return torch.cat([-s, s], 1)
 
 @settings(max_examples=30, deadline=None)
@@ -39,7 +41,9 @@ def test_windows_give_back_every_voxel(shape, patch, tta, seed):
 def test_a_2d_network_sees_slices_along_its_axis(axis):
     seen = []
     class Spy(Threshold):
-        def forward(self, x): seen.append(tuple(x.shape[2:])); return super().forward(x)
+        def forward(self, x):
+            seen.append(tuple(x.shape[2:]))
+            return super().forward(x)
     x = np.random.default_rng(0).choice([-1., 1.], (1, 9, 10, 11)).astype(np.float32)
     p = sliding_window(Spy(), x, (8, 8), 2, slice_axis=axis, tta=False)
     assert set(seen) == {(8, 8)} and ((p[1] > .5) == (x[0] > 0)).all()
@@ -60,16 +64,18 @@ class Random(torch.nn.Module):
 
 @settings(max_examples=40, deadline=None)
 @given(st.tuples(*[st.integers(1, 40)] * 3), st.tuples(*[st.sampled_from([1, 4, 8, 16])] * 3), st.tuples(*[st.sampled_from([4, 16])] * 2), st.integers(0, 2), st.integers(1, 9), st.integers(0, 99))
-def test_two_voices_are_the_mean_of_each(shape, patch, flat, axis, batch, seed):
-    "Whatever the sizes of their windows: from top to bottom, held no longer than a window is deep, or what is seen at once"
+def test_two_members_are_averaged(shape, patch, flat, axis, batch, seed):
+    "Whatever the sizes of their windows"
     x = np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
     each = sliding_window(Random(), x, patch, 2, tta=False), sliding_window(Random(), x, flat, 2, axis, tta=False)
-    slabs = [s.copy() for s in probability_slabs([EnsembleMember([Random()], patch, None, False, .25), EnsembleMember([Random()], flat, axis, False, .75)], x, 2, batch=batch)]
+    members = [EnsembleMember([Random()], patch, None, False, .25), EnsembleMember([Random()], flat, axis, False, .75)]
+    slabs = [s.copy() for s in probability_slabs(members, x, 2, batch=batch)]
     assert np.allclose(np.concatenate(slabs, 1), .25 * each[0] + .75 * each[1], atol=1e-5)
     assert all(s.shape[1] > 0 for s in slabs)
 
 def test_little_of_a_long_scan_is_held():
-    slabs, strides = zip(*((s.shape[1], s.strides[0] // s.strides[1]) for s in probability_slabs([EnsembleMember([Threshold()], (8, 8, 8), tta=False)], np.ones((1, 200, 8, 8), np.float32), 2, batch=1)))
+    member, x = EnsembleMember([Threshold()], (8, 8, 8), tta=False), np.ones((1, 200, 8, 8), np.float32)
+    slabs, strides = zip(*((s.shape[1], s.strides[0] // s.strides[1]) for s in probability_slabs([member], x, 2, batch=1)))
     assert sum(slabs) == 200 and max(slabs) <= 8 and max(strides) == 8 # slices from class to class: those that are held
 
 @settings(max_examples=25, deadline=None)
@@ -78,29 +84,36 @@ def test_slabs_equal_the_direct_way(coarse, native, k, seed):
     p = np.random.default_rng(seed).dirichlet([.3] * k, coarse).astype(np.float32).transpose(3, 0, 1, 2)
     meta = dict(box=[[1, 1 + n] for n in native], cropped_shape=list(native))
     full = tuple(n + 2 for n in native)
-    direct = np.zeros((k, *full), np.float32); direct[0] = 1
+    direct = np.zeros((k, *full), np.float32)
+    direct[0] = 1
     inside = p
-    for axis, (i, o) in enumerate(zip(coarse, native), 1): inside = np.moveaxis(np.tensordot(spline_operator(i, o, 1), inside, (1, axis)), 0, axis)
+    for axis, (i, o) in enumerate(zip(coarse, native), 1):
+        inside = np.moveaxis(np.tensordot(spline_operator(i, o, 1), inside, (1, axis)), 0, axis)
     direct[:, 1:-1, 1:-1, 1:-1] = inside
     assert np.allclose(export_probabilities(p, meta, full), direct, atol=1e-5)
     cuts = np.unique(np.random.default_rng(seed).integers(1, coarse[0], 3)) if coarse[0] > 1 else []
     out, best = export_labels(p, meta, full), direct.argmax(0)
-    assert np.allclose(export_probabilities(np.split(p, cuts, 1), meta | dict(shape=coarse), full), direct, atol=1e-5)
+    slabs, meta = np.split(p, cuts, 1), meta | dict(shape=coarse)
+    assert np.allclose(export_probabilities(slabs, meta, full), direct, atol=1e-5)
     margin = np.sort(direct, 0)
-    for o in (out, export_labels(np.split(p, cuts, 1), meta | dict(shape=coarse), full)): assert (o == best)[margin[-1] - margin[-2] > 1e-4].all()
+    for o in (out, export_labels(slabs, meta, full)): assert (o == best)[margin[-1] - margin[-2] > 1e-4].all()
 
 @pytest.mark.parametrize('spacing', [(1, 1, 1), (3, .8, .8), (.5, 1.3, .7)])
 def test_there_and_back(spacing):
-    "A mask cropped, resampled and restored is the mask, nearly"
+    "A mask that is cropped, resampled and exported is the mask, nearly"
     plan = make_plan(sketch_fingerprint((30, 40, 40), (1, 1, 1)), 'cpu')
-    at = np.indices((30, 44, 40)); mask = (sum(((at[i] - c) / r)**2 for i, (c, r) in enumerate(((14, 9), (22, 13), (19, 11)))) < 1).astype(np.uint8)
-    image = np.zeros((1, *mask.shape), np.float32); image[:, 2:-3, 4:-2, 1:-4] = 5 + mask[2:-3, 4:-2, 1:-4]
+    at = np.indices((30, 44, 40))
+    mask = (sum(((at[i] - c) / r)**2 for i, (c, r) in enumerate(((14, 9), (22, 13), (19, 11)))) < 1).astype(np.uint8)
+    image = np.zeros((1, *mask.shape), np.float32)
+    image[:, 2:-3, 4:-2, 1:-4] = 5 + mask[2:-3, 4:-2, 1:-4]
     x, y, meta = preprocess_case(image, spacing, plan, (1, 1, 1), mask)
     back = export_labels(np.eye(2, dtype=np.float32)[y].transpose(3, 0, 1, 2), meta, mask.shape)
     assert back.shape == mask.shape and 2 * (back & mask).sum() / (back.sum() + mask.sum()) > .95
 
 def test_only_the_largest_piece_of_the_classes_that_are_one():
-    y = np.zeros((4, 9, 9), np.uint8); y[1, 1:4, 1:4] = 1; y[2, 4, 4] = 1; y[1, 7, 7] = 1; y[0, 0, 8] = 2; y[3, 8, 0:2] = 2
+    y = np.zeros((4, 9, 9), np.uint8)
+    y[1, 1:4, 1:4] = y[2, 4, 4] = y[1, 7, 7] = 1
+    y[0, 0, 8] = y[3, 8, 0:2] = 2
     out = keep_largest(y, [1])
     assert out[1, 7, 7] == 0 and out[2, 4, 4] == 1 and (out == 1).sum() == 10, 'corners touch: 26 neighbours'
     assert (out == 2).sum() == 3 and (keep_largest(y, [1, 2]) == 2).sum() == 2 and y[1, 7, 7] == 1
@@ -108,7 +121,8 @@ def test_only_the_largest_piece_of_the_classes_that_are_one():
 def test_any_direction_and_format_comes_back_on_its_own_grid(trained, tmp_path):
     scan = next((trained/'new'/'imagesTr').glob('*.nii.gz'))
     im = sitk.ReadImage(str(scan))
-    im.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1)); im.SetOrigin((-12.5, 7, 100))
+    im.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
+    im.SetOrigin((-12.5, 7, 100))
     sitk.WriteImage(im, str(tmp_path/'turned.nrrd'))
     one, = predict(trained/'work', tmp_path/'turned.nrrd', tmp_path/'out', model='3d', tta=False)
     two, = predict(trained/'work', tmp_path/'turned.nrrd', tmp_path/'out', model='3d', tta=False, suffix='.nii.gz', probabilities=True)
@@ -126,9 +140,16 @@ def test_dicom_series_and_arrays(trained, tmp_path):
     x, g = read_image(scan)
     (tmp_path/'series').mkdir()
     for z, s in enumerate(x[0]):
-        im = sitk.GetImageFromArray(s.astype(np.int16)[None]); im.SetSpacing(g.spacing[::-1]); im.SetOrigin((0, 0, z * g.spacing[0]))
-        for tag, v in (('0008|0060', 'MR'), ('0020|000e', '1.2.3'), ('0020|000d', '1.2'), ('0020|0013', str(z)), ('0020|0032', f'0\\0\\{z * g.spacing[0]}'), ('0020|0037', '1\\0\\0\\0\\1\\0'), ('0008|0018', f'1.2.3.{z}')): im.SetMetaData(tag, v)
-        w = sitk.ImageFileWriter(); w.KeepOriginalImageUIDOn(); w.SetFileName(str(tmp_path/'series'/f'{z:03}.dcm')); w.Execute(im)
+        im = sitk.GetImageFromArray(s.astype(np.int16)[None])
+        im.SetSpacing(g.spacing[::-1])
+        im.SetOrigin((0, 0, z * g.spacing[0]))
+        tags = {'0008|0060': 'MR', '0020|000e': '1.2.3', '0020|000d': '1.2', '0020|0013': str(z), '0008|0018': f'1.2.3.{z}',
+                '0020|0032': f'0\\0\\{z * g.spacing[0]}', '0020|0037': '1\\0\\0\\0\\1\\0'}
+        for tag, v in tags.items(): im.SetMetaData(tag, v)
+        w = sitk.ImageFileWriter()
+        w.KeepOriginalImageUIDOn()
+        w.SetFileName(str(tmp_path/'series'/f'{z:03}.dcm'))
+        w.Execute(im)
     out, = predict(trained/'work', tmp_path/'series', tmp_path/'out', model='2d', tta=False)
     y, gy = read_label(out)
     assert out.name == 'series.nii.gz' and y.shape == x.shape[1:]
@@ -139,7 +160,7 @@ def test_one_bad_scan_is_named_and_the_others_are_done(trained, tmp_path):
     shutil.copytree(trained/'new'/'imagesTr', tmp_path/'scans')
     names = sorted(p.name for p in (tmp_path/'scans').iterdir())
     (tmp_path/'scans'/names[0]).write_bytes((tmp_path/'scans'/names[0]).read_bytes()[:999])
-    with pytest.raises(InputError, match=names[0].split('.')[0]): predict(trained/'work', tmp_path/'scans', tmp_path/'out', model='2d', tta=False)
+    with pytest.raises(InputError, match=f'case {names[0].split(".")[0]}: '): predict(trained/'work', tmp_path/'scans', tmp_path/'out', model='2d', tta=False)
     assert sorted(p.name for p in (tmp_path/'out').iterdir()) == sorted([*names[1:], 'predictions.json'])
 
 def test_inputs_are_never_replaced_and_wrong_channels_refused(trained, tmp_path):
@@ -147,7 +168,7 @@ def test_inputs_are_never_replaced_and_wrong_channels_refused(trained, tmp_path)
     before = {p: p.read_bytes() for p in (tmp_path/'scans').iterdir()}
     with pytest.raises(InputError, match='another folder'): predict(trained/'work', tmp_path/'scans', tmp_path/'scans', model='2d', tta=False)
     assert {p: p.read_bytes() for p in (tmp_path/'scans').iterdir()} == before
-    with pytest.raises(InputError, match='2 channels'): segment(trained/'work', np.zeros((2, 8, 16, 16)), (1, 1, 1), model='2d', tta=False)
+    with pytest.raises(InputError, match='the scan: it has 2 channels'): segment(trained/'work', np.zeros((2, 8, 16, 16)), (1, 1, 1), model='2d', tta=False)
 
 def test_many_predictions_leave_nothing_behind(trained):
     "Neither memory nor open files nor threads"
@@ -176,14 +197,15 @@ def test_each_fold_is_asked_and_none_twice(trained, tmp_path):
 
 def test_the_next_scan_is_read_while_one_is_segmented(trained, tmp_path, monkeypatch):
     shutil.copytree(trained/'new'/'imagesTr', tmp_path/'scans')
-    predictor, reads = Predictor(trained/'work', '3d', device='cpu', options=InferenceOptions(tta=False)), []
-    load, segment_one = Predictor._load, Predictor._segment
-    monkeypatch.setattr(Predictor, '_load', lambda self, scan: reads.append(scan.id) or load(self, scan))
-    seen = []
-    def slow(self, loaded, path, probabilities):
-        loaded(); time.sleep(.5); seen.append(len(reads))
-        return segment_one(self, loaded, path, probabilities)
-    monkeypatch.setattr(Predictor, '_segment', slow)
+    predictor, reads, seen = Predictor(trained/'work', '3d', device='cpu', options=InferenceOptions(tta=False)), [], []
+    def read(case, **options):
+        reads.append(case.id)
+        return read_case(case, **options)
+    def slow(*_):
+        if not seen: time.sleep(.5)
+        seen.append(len(reads))
+    monkeypatch.setattr('autounet_nb.inference.predict.read_case', read)
+    predictor.ensemble.models[0][0].register_forward_pre_hook(slow)
     paths = predictor.write(tmp_path/'scans', tmp_path/'out')
     assert len(paths) > 1 and seen[0] == 2 # the second was read before the first was done
 
@@ -191,11 +213,13 @@ def test_fast_is_chosen_from_what_was_measured(trained, tmp_path, autounet):
     shutil.copytree(trained/'work', tmp_path/'work')
     (tmp_path/'work'/'prices.json').unlink(missing_ok=True)
     done = autounet('predict', tmp_path/'work', trained/'new'/'imagesTr', tmp_path/'a', '--model', '3d', '--fast')
-    assert 'no price list' in done.stdout and read_json(tmp_path/'a'/'predictions.json')['options'] == dict(tta=False, overlap=.25, coarse_to_fine=False, mirrors=None, folds=None)
+    quickest = dict(tta=False, overlap=.25, coarse_to_fine=False, mirrors=None, folds=None)
+    assert 'no price list' in done.stdout and read_json(tmp_path/'a'/'predictions.json')['options'] == quickest
     slow, quick = InferenceOptions(), InferenceOptions(coarse_to_fine=True)
     save_prices(PriceList(['3d'], 4, 1e4, [Price(slow, 2., .8), Price(quick, .5, .799)]), tmp_path/'work')
     done = autounet('predict', tmp_path/'work', trained/'new'/'imagesTr', tmp_path/'b', '--model', '3d', '--fast')
-    assert '4.0 times as fast' in done.stdout and read_json(tmp_path/'b'/'predictions.json')['options']['coarse_to_fine']
+    assert '4.0 times as fast' in done.stdout
+    assert read_json(tmp_path/'b'/'predictions.json')['options']['coarse_to_fine']
     write_json(tmp_path/'work'/'prices.json', dict(models=['3d'], prices='none'))
     done = autounet('predict', tmp_path/'work', trained/'new'/'imagesTr', tmp_path/'c', '--model', '3d', '--seconds', '2')
     assert done.returncode == 1 and 'this is no price list' in done.stderr and not (tmp_path/'c').exists()

@@ -5,19 +5,21 @@ import numpy as np, psutil, pytest, torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
-from autounet_nb.core.errors import InputError
+from autounet_nb.core.errors import InputError, WorkerDied
 from autounet_nb.core.files import read_json, write_json
 from autounet_nb.data.find import scan
 from autounet_nb.planning.fingerprint import Fingerprint
 from autounet_nb.training.patches import patch_dls
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.planning.plan import Plan, make_plan
+from autounet_nb.planning.plan import Plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.preprocessing.preprocess import PreprocessedCase, write_array
 from autounet_nb.app.run import prepare
 from autounet_nb.training.log import read_history
 from autounet_nb.training.schedule import Budget
 from autounet_nb.core.distributed import rank_and_size
-from autounet_nb.training.train import BFloat16Autocast, fit_learner, get_learner, preprocessed_cases, train_fold
+from autounet_nb.training.learner import BFloat16Autocast, fit_learner, get_learner
+from autounet_nb.training.train import preprocessed_cases, train_fold
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
@@ -39,19 +41,21 @@ def planned(work, **changes):
 
 def outcome(folder):
     "Losses, Dice and weights of a training"
-    return np.array([[r[k] for k in ('step', 'lr', 'train_loss', 'valid_loss', 'dice')] for r in read_history(folder)]), load_file(folder/'weights.safetensors')
+    curves = [[r[k] for k in ('step', 'lr', 'train_loss', 'valid_loss', 'dice')] for r in read_history(folder)]
+    return np.array(curves), load_file(folder/'weights.safetensors')
 
 class SinglePrecision(Callback):
-    "Short numbers would hide in their rounding what is looked for here"
+    "The rounding of bfloat16 would hide what is looked for here"
     def before_fit(self): self.learn.remove_cb(BFloat16Autocast)
 
-def anew(work, model, cbs=(), **kw):
-    "What comes out of a training that nobody began"
+def trained_again(work, model, cbs=(), **options):
+    "What comes out of a training that begins without any files"
     shutil.rmtree(work/'models', ignore_errors=True)
-    return outcome(train_fold(work, model, 0, device='cpu', seed=1, cbs=[SinglePrecision(), *cbs], **kw))
+    return outcome(train_fold(work, model, 0, device='cpu', seed=1, cbs=[SinglePrecision(), *cbs], **options))
 
 def same(a, b):
-    "Rounding differs, because sums are taken in another order, and training makes it grow: from 1e-7 to a few 1e-4 within ten steps, when some voxels change sides"
+    """Sums are taken in another order, so they are rounded in another way, and training makes the difference grow:
+    from 1e-7 to a few 1e-4 within ten steps, when some voxels change sides"""
     np.testing.assert_array_equal(a[0][:, 0], b[0][:, 0])
     np.testing.assert_allclose(a[0][:, 1:4], b[0][:, 1:4], atol=2e-3)
     np.testing.assert_allclose(a[0][:, 4], b[0][:, 4], atol=5e-3)
@@ -64,13 +68,13 @@ class Layouts(Callback):
     def before_batch(self): self.seen.add((self.x.shape[1], self.x.is_contiguous(memory_format=torch.channels_last_3d), self.x.is_contiguous()))
 
 def test_batches_are_laid_out_when_all_their_channels_are_there(work):
-    anew(work, '3d_cascade', cbs=[Layouts()], steps=2)
+    trained_again(work, '3d_cascade', cbs=[Layouts()], steps=2)
     assert Layouts.seen == {(3, True, False)} # image, and two classes of the first stage
 
 @pytest.mark.parametrize('model, dice', [('2d', True), ('3d', False), ('3d_cascade', True)])
 def test_two_processes_give_the_curve_of_one(work, model, dice):
     planned(work, batch_dice=dice, batch_size=4)
-    same(anew(work, model, steps=10), anew(work, model, steps=10, processes=2))
+    same(trained_again(work, model, steps=10), trained_again(work, model, steps=10, processes=2))
 
 class Die(Callback):
     "Kills the second process at a step"
@@ -80,20 +84,22 @@ class Die(Callback):
 
 def test_one_process_goes_on_where_two_were_killed(work):
     planned(work, batch_dice=True, batch_size=4)
-    whole = anew(work, '3d', steps=10)
-    with pytest.raises(InputError, match='Process 1 of the 2 that shared a training was ended'): anew(work, '3d', steps=10, processes=2, cbs=[Die()])
+    undisturbed = trained_again(work, '3d', steps=10)
+    with pytest.raises(InputError, match='Process 1 of the 2 that shared a training was ended'):
+        trained_again(work, '3d', steps=10, processes=2, cbs=[Die()])
     checkpoint = work/'models/3d/fold_0/checkpoint.safetensors'
     assert checkpoint.exists() and read_history(checkpoint.parent)[-1]['step'] < 7
-    same(whole, outcome(train_fold(work, '3d', 0, device='cpu', seed=1, steps=10, cbs=[SinglePrecision()])))
+    same(undisturbed, outcome(train_fold(work, '3d', 0, device='cpu', seed=1, steps=10, cbs=[SinglePrecision()])))
 
 def test_a_budget_on_the_clock_ends_for_both_at_once(work):
     planned(work, batch_dice=False, batch_size=4)
-    rows, _ = anew(work, '3d', minutes=.15, processes=2)
+    rows, _ = trained_again(work, '3d', minutes=.15, processes=2)
     assert rows[-1, 0] > 1 and rows[-1, 1] < 1e-3
 
 def test_a_batch_that_cannot_be_shared_is_refused(work, autounet, one_line):
     planned(work, batch_size=4)
-    one_line(autounet('train', work, '--model', '3d', '--steps', '2', '--device', 'cpu', '--processes', '3'), 'Model 3d', 'batches of 4', '3 processes')
+    done = autounet('train', work, '--model', '3d', '--steps', '2', '--device', 'cpu', '--processes', '3')
+    one_line(done, 'Model 3d', 'batches of 4', '3 processes')
 
 def test_without_accelerate_it_says_what_to_install(work, monkeypatch):
     monkeypatch.setitem(sys.modules, 'accelerate', None)
@@ -105,7 +111,9 @@ def test_a_cluster_and_shared_trainings_are_not_mixed(work, autounet, one_line):
 def test_ctrl_c_leaves_a_usable_model_and_no_process(work):
     planned(work, batch_size=4)
     shutil.rmtree(work/'models', ignore_errors=True)
-    p = subprocess.Popen([str(Path(sys.executable).with_name('autounet')), 'train', str(work), '--model', '3d', '--steps', '2000', '--device', 'cpu', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [str(Path(sys.executable).with_name('autounet')), 'train', str(work), '--model', '3d', '--steps', '2000']
+    p = subprocess.Popen([*command, '--device', 'cpu', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         text=True, start_new_session=True)
     until = time.monotonic() + 120
     while not (work/'models/3d/fold_0/progress.json').exists() and time.monotonic() < until: time.sleep(.2)
     members = psutil.Process(p.pid).children(recursive=True)
@@ -128,4 +136,5 @@ def test_a_loader_that_is_killed_names_the_case(work):
     config = Plan.load(work/'plan.json').models['3d']
     cases = preprocessed_cases(work, config, sorted(f.stem for f in (work/'prep/full').glob('*.json')))
     dls = patch_dls([*cases[:4], Deadly(cases[4].folder, cases[4].id)], cases[5:], config, workers=2)
-    with pytest.raises(InputError, match=f'case {cases[4].id}: the process that loaded patches of it was killed'): fit_learner(get_learner(dls, config, schedule=Budget(steps=50)))
+    learn = get_learner(dls, config, schedule=Budget(steps=50))
+    with pytest.raises(WorkerDied, match=f'case {cases[4].id}: the process that loaded patches of it was killed'): fit_learner(learn)

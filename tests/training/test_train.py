@@ -7,7 +7,7 @@ from autounet_nb.planning.fingerprint import extract_fingerprint
 from autounet_nb.preprocessing.preprocess import read_patch
 from autounet_nb.training.patches import PatchDataset, forced_foreground, patch_start
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.preprocessing.preprocess import preprocess
 from autounet_nb.training.schedule import PaperSchedule, one_cycle
 from autounet_nb.training.train import small_batches, train_fold
@@ -56,9 +56,11 @@ def test_one_cycle_rises_once_and_falls_once():
     top = int(np.argmax(lr))
     assert lr == lr[:1] + sorted(lr[1:top + 1]) + sorted(lr[top + 1:], reverse=True) and lr[-1] < 1e-6 and max(lr) == pytest.approx(3e-3, rel=.01)
 
-def test_minutes_on_a_cpu_have_small_steps_and_their_number_does_not(prepared):
+def test_minutes_on_a_cpu_have_small_batches_and_a_number_of_steps_has_not(prepared):
     work, plan, _ = prepared
-    batch = lambda **kw: json.loads((train_fold(work, '2d', 0, device='cpu', **kw)/'model.json').read_text())['config']['batch_size']
+    def batch(**options):
+        folder = train_fold(work, '2d', 0, device='cpu', **options)
+        return json.loads((folder/'model.json').read_text())['config']['batch_size']
     asked = plan.models['2d']
     few = small_batches(asked).batch_size
     assert few == max(1, min(asked.batch_size, 2**15 // (asked.patch_size[0] * asked.patch_size[1])))
@@ -80,7 +82,7 @@ train_fold(sys.argv[1], '3d', 1, steps=24, device='cpu')
 '''
 
 def test_killed_and_continued_is_the_same_to_the_bit(prepared, tmp_path):
-    "kill -9 after a checkpoint; what comes out in the end equals an undisturbed training"
+    "kill -9 after a checkpoint: the network in the end equals that of an undisturbed training"
     import shutil
     work, *_ = prepared
     a, b = tmp_path/'a', tmp_path/'b'
@@ -89,7 +91,8 @@ def test_killed_and_continued_is_the_same_to_the_bit(prepared, tmp_path):
     p = subprocess.Popen([sys.executable, '-c', TRAIN, b], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = b/'models'/'3d'/'fold_1'/'checkpoint.safetensors'
     while not checkpoint.exists() and p.poll() is None: time.sleep(.02)
-    p.send_signal(signal.SIGKILL); p.wait()
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     assert checkpoint.exists() and not (b/'models'/'3d'/'fold_1'/'weights.safetensors').exists(), 'killed too late to show anything'
     subprocess.run([sys.executable, '-c', TRAIN, b], check=True, capture_output=True, timeout=300)
     x, y = (load_tensors(w/'models'/'3d'/'fold_1'/'weights.safetensors')[0] for w in (a, b))
@@ -121,7 +124,8 @@ def test_a_loss_a_network_and_a_callback_of_ones_own(prepared):
         def after_loss(self): seen.append(float(self.learn.loss.detach()))
     c = plan.models['3d']
     net = build_unet(c, pool='conv')
-    folder = train_fold(work, '3d', 2, steps=2, device='cpu', net=net, loss=lambda p, y: torch.nn.functional.cross_entropy(p, y), cbs=[Watch()])
+    def loss(p, y): return torch.nn.functional.cross_entropy(p, y)
+    folder = train_fold(work, '3d', 2, steps=2, device='cpu', net=net, loss=loss, cbs=[Watch()])
     assert len(seen) >= 2 and all(v > 0 for v in seen)
     loaded, _ = load_model(work, '3d', 2, net=build_unet(c, pool='conv'))
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.state_dict().values())) and folder.name == 'fold_2'
