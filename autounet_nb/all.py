@@ -10,6 +10,7 @@ from .data.images import *
 from .data.cases import *
 from .data.find import *
 from .data.phantom import *
+from .data.case_rules import *
 from .data.check import *
 from .planning.fingerprint import *
 from .planning.rules import *
@@ -22,7 +23,10 @@ from .planning.what_if import *
 from .preprocessing.resample import *
 from .preprocessing.preprocess import *
 from .preprocessing.splits import *
+from .viz.scan import *
 from .viz.dataset import *
+from .viz.patch import *
+from .viz.unet_drawing import *
 from .viz.plan import *
 from .training.unet import *
 from .training.weights import *

@@ -18,7 +18,8 @@ from ..data.cases import Case, Dataset, read_case
 from ..data.check import check
 from ..data.find import scan
 from ..data.images import read_label
-from ..data.phantom import make_phantoms, show_case
+from ..data.phantom import make_phantoms
+from ..viz.scan import show_case
 from ..planning.fingerprint import Fingerprint, extract_fingerprint
 from ..planning.plan import Plan
 from ..planning.planner import replan

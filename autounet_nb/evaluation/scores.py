@@ -19,7 +19,7 @@ from ..core.files import atomic, read_json
 from ..core.text import aligned, first_of
 from ..data.cases import Case, Dataset, read_case
 from ..data.images import read_label, split_name
-from ..data.phantom import show_case
+from ..viz.scan import show_case
 from .metrics import METRICS, TOLERANCE, case_metrics
 
 # %% ../../nbs/evaluation/71_scores.ipynb #5ba4a980

@@ -3,7 +3,8 @@ import json, shutil
 import numpy as np, pytest, SimpleITK as sitk
 from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.core.files import read_json, write_json
-from autounet_nb.data.check import Problem, Report, check
+from autounet_nb.data.case_rules import Problem
+from autounet_nb.data.check import Report, check
 from autounet_nb.data.find import scan
 
 @pytest.fixture(scope='module')

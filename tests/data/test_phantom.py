@@ -1,11 +1,11 @@
-"Generated scans: what the knobs promise, over many seeds."
+"Generated scans: what the options promise, over many seeds."
 import hashlib
 import cc3d, numpy as np, pytest
 from pathlib import Path
 from hypothesis import given, settings, strategies as st
 from autounet_nb.core.errors import InputError
 from autounet_nb.data.cases import read_case
-from autounet_nb.data.phantom import make_phantoms, phantom, show_case
+from autounet_nb.data.phantom import make_phantoms, phantom
 
 few = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -128,38 +128,22 @@ def test_jitter(tmp_path):
         assert all(.79*n <= m <= 1.21*n for m, n in zip(g.spacing, (3, .8, .8)))
 
 def test_what_cannot_be_written(tmp_path):
-    for kw, word in ((dict(dim=4), 'dim is 4'), (dict(layout='x'), "layout 'x'"), (dict(dim=2, channels=2), 'a .png cannot hold 2D images of 2 channels'), (dict(suffix='.png'), 'a .png cannot hold 3D'),
+    for kw, word in ((dict(dim=4), 'dim is 4'), (dict(layout='x'), "layout 'x'"),
+                     (dict(dim=2, channels=2), 'a .png cannot hold 2D images of 2 channels'), (dict(suffix='.png'), 'a .png cannot hold 3D'),
                      (dict(classes=0), 'classes is 0'), (dict(lesions=4), 'lesions is 4')):
         with pytest.raises(InputError, match=word): make_phantoms(tmp_path/'d', n=1, **kw)
+        assert not (tmp_path/'d').exists()
+    with pytest.raises(TypeError, match='knots'): make_phantoms(tmp_path/'d', knots=3)
+    with pytest.raises(TypeError, match='jitter'): phantom(jitter=.1) # of a dataset, not of one scan
     make_phantoms(tmp_path/'d', n=3, shape=(12, 30, 26)); make_phantoms(tmp_path/'d', n=3, shape=(12, 30, 26))
     with pytest.raises(InputError, match='already holds phantom_003'): make_phantoms(tmp_path/'d', n=2)
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'scan.nii.gz').write_bytes(b'')
     with pytest.raises(InputError, match='already holds scan.nii.gz'): make_phantoms(tmp_path/'mine')
     assert tree(tmp_path/'mine') == {'scan.nii.gz': hashlib.sha1(b'').hexdigest()}
 
-# --- pictures
-
-def test_show_case(tmp_path):
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    x, y = phantom((10, 40, 30), (4, 1, 1), classes=3, rng=1)
-    fig = show_case(x, y, np.roll(y, 2, 1), (4, 1, 1), title='one')
-    assert len(fig.axes) == 3 and fig._suptitle.get_text() == 'one'
-    assert [ax.images[0].get_array().shape for ax in fig.axes] == [(40, 30), (10, 30), (10, 40)]
-    assert [round(ax.get_aspect(), 6) for ax in fig.axes] == [1, 4, 4]
-    z = int(np.median(np.nonzero(y)[0]))
-    assert np.array_equal(fig.axes[0].images[0].get_array(), x[0, z])
-    assert len(fig.axes[0].collections) == len(np.unique(y[z])) - 1 + len(np.unique(np.roll(y, 2, 1)[z])) - 1
-    fig.savefig(tmp_path/'a.png'); plt.close(fig)
-    assert len((fig := show_case(x[:, :1])).axes) == 1 and not fig.axes[0].collections; plt.close(fig)
-    assert len((fig := show_case(x[0], prediction=y)).axes) == 3; plt.close(fig)
-    ct = phantom((1, 40, 30), modality='CT')[0]
-    assert (fig := show_case(ct)).axes[0].images[0].get_clim() == (-160, 240); plt.close(fig)
-    assert (fig := show_case(ct, window=(0, 9))).axes[0].images[0].get_clim() == (0, 9); plt.close(fig)
-    with pytest.raises(InputError, match='shape'): show_case(x, y[:5])
+# --- imports
 
 def test_importing_needs_no_matplotlib():
     import subprocess, sys
-    code = "import sys, autounet_nb.data.phantom, autounet_nb.planning.fingerprint; sys.exit(any(m in sys.modules for m in ('matplotlib.pyplot', 'torch', 'fastai')))"
+    code = "import sys, autounet_nb.data.phantom, autounet_nb.planning.fingerprint, autounet_nb.viz.scan; sys.exit(any(m in sys.modules for m in ('matplotlib.pyplot', 'torch', 'fastai')))"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
