@@ -39,6 +39,7 @@ from .inference.ensemble import *
 from .inference.predict import *
 from .evaluation.metrics import *
 from .evaluation.scores import *
+from .evaluation.evaluate import *
 from .evaluation.whole_scans import *
 from .evaluation.cross_validation import *
 from .evaluation.cascade import *
