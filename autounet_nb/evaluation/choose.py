@@ -22,7 +22,8 @@ from ..preprocessing.preprocess import PreprocessedCase
 from ..inference.ensemble import trained_folds
 from ..inference.predict import native_labels
 from .cross_validation import fold_folder, validated_cases, softmax_slabs
-from .scores import FEW, Scores, evaluate
+from .evaluate import FEW, evaluate
+from .scores import Scores
 
 # %% ../../nbs/evaluation/76_choose.ipynb #012172b8
 def scored_folds(

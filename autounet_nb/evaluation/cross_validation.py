@@ -19,7 +19,8 @@ from ..training.train import preprocessed_cases
 from ..training.weights import find_device
 from ..inference.ensemble import InferenceOptions, load_ensemble, mean_softmax
 from ..inference.predict import native_labels
-from .scores import Scores, evaluate, plot_prediction
+from .evaluate import evaluate, plot_prediction
+from .scores import Scores
 
 # %% ../../nbs/evaluation/74_cross_validation.ipynb #98e39d16
 def trainings(
