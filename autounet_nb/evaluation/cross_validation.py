@@ -97,7 +97,7 @@ def validated_cases(
         return []
     return [c['id'] for c in read_json(path)['cases']]
 
-# %% ../../nbs/evaluation/74_cross_validation.ipynb #08b06c06
+# %% ../../nbs/evaluation/74_cross_validation.ipynb #4a64c9ce
 def _validation_key(fold, cases, tta):
     "All that the out-of-fold predictions of a fold depend on"
     key = [fold.weights.stat().st_mtime_ns, tta, [sources_of(c) for c in cases]]
@@ -148,7 +148,7 @@ def validate_fold(
     options, device, here = ValidationOptions(**options), find_device(device), Work(work).fold(model, fold)
     cases = [dataset[i] for i in validation_ids(work, fold)]
     _clear_unless_made_from(here, _validation_key(here, cases, options.tta))
-    if len(validated_cases(work, model, fold)) == len(cases):
+    if len(validated_cases(work, model, fold)) >= len(cases):
         return read_json(here.scores)
     ensemble, suffix = load_ensemble(work, model, [fold], device), _suffix_of(cases)
     masks = {i: here.masks/f'{i}{suffix}' for i in validation_order([c.id for c in cases])}
