@@ -45,6 +45,7 @@ from .evaluation.cross_validation import *
 from .evaluation.cascade import *
 from .evaluation.choose import *
 from .evaluation.prices import *
+from .evaluation.pricing import *
 from .evaluation.budget import *
 from .app.forecast import *
 from .app.status import *

@@ -117,7 +117,7 @@ def fast(case, folder):
     from autounet_nb.evaluation.cross_validation import validate_fold
     from autounet_nb.evaluation.evaluate import evaluate
     from autounet_nb.inference.predict import predict
-    from autounet_nb.evaluation.prices import measure_prices
+    from autounet_nb.evaluation.pricing import measure_prices
     from autounet_nb.evaluation.whole_scans import QUICK
     out = folder/'ours'/'fast'
     if case == 'large':
