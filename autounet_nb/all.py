@@ -46,11 +46,13 @@ from .inference.results import *
 from .inference.predict import *
 from .evaluation.metrics import *
 from .evaluation.scores import *
+from .evaluation.evaluate import *
 from .evaluation.whole_scans import *
 from .evaluation.cross_validation import *
 from .evaluation.cascade import *
 from .evaluation.choose import *
 from .evaluation.prices import *
+from .evaluation.pricing import *
 from .evaluation.budget import *
 from .app.forecast import *
 from .app.status import *

@@ -116,9 +116,9 @@ def fast(case, folder):
     from autounet_nb.core.files import read_json, write_json
     from autounet_nb.data.find import scan
     from autounet_nb.evaluation.cross_validation import validate_fold
-    from autounet_nb.evaluation.scores import evaluate
+    from autounet_nb.evaluation.evaluate import evaluate
     from autounet_nb.inference.predict import predict
-    from autounet_nb.evaluation.prices import measure_prices
+    from autounet_nb.evaluation.pricing import measure_prices
     from autounet_nb.evaluation.whole_scans import QUICK
     out = folder/'ours'/'fast'
     if case == 'large':
@@ -191,7 +191,7 @@ def budget(case, folder):
     from autounet_nb.core.files import read_json
     from autounet_nb.data.cases import Case
     from autounet_nb.data.find import scan
-    from autounet_nb.evaluation.scores import evaluate
+    from autounet_nb.evaluation.evaluate import evaluate
     from autounet_nb.inference.predict import predict
     name, minutes = BUDGET[case]
     data, work = folder/'budget'/name, folder/'ours'/'budget'/case

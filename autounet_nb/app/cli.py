@@ -149,7 +149,7 @@ def predict_command(a):
 
 def evaluate_command(a):
     "Dice and other metrics per case and class, and their means"
-    from autounet_nb.evaluation.scores import evaluate
+    from autounet_nb.evaluation.evaluate import evaluate
     with redirect_stdout(sys.stderr) if a.json else nullcontext(): scores = evaluate(a.predictions, a.labels)
     print(json.dumps(scores.to_json(), indent=1) if a.json else scores)
 

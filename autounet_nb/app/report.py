@@ -429,7 +429,7 @@ def _chosen(found):
     if not found.chosen: return [_p('Nothing was chosen yet: that is done when all trainings are. Until then `autounet predict` takes the model with the highest held-out Dice.', 'note')]
     c = found.choice
     choice = Choice(c['models'], c['folds'], c['table'], c['postprocessing'])
-    out = [_p(choice._said()[0])]
+    out = [_p(choice.sentences()[0])]
     if choice.margin is not None and found.best in found.scores:
         sd = np.std([np.mean(v) for o in found.scores[found.best][0].cases.values() if (v := [d for d in o.values() if d is not None])])
         out.append(_p(f'Single cases scatter by {sd:.3f} around their mean. ' + ('The margin is small beside that: either would do.' if choice.margin < sd / 2 else 'The margin is not small beside that.')))

@@ -35,8 +35,8 @@ from ..evaluation.cascade import first_stage
 from ..evaluation.choose import Choice, choose
 from ..evaluation.cross_validation import fold_folder, validation_ids, validated_cases, validation_order, plot_validation
 from ..evaluation.cross_validation import trainings, validate_fold
-from ..evaluation.prices import measure_prices
-from ..evaluation.scores import evaluate
+from ..evaluation.pricing import measure_prices
+from ..evaluation.evaluate import evaluate
 from ..evaluation.whole_scans import WholeScan
 from .cluster import cluster_client, check_workers, training_rounds, run_trainings
 from .forecast import forecast

@@ -6,68 +6,77 @@
 __all__ = ['NEAR', 'MANY', 'TOLERANCE', 'METRICS', 'dice', 'jaccard', 'sensitivity', 'precision', 'volume_difference',
            'surface_distances', 'hd95', 'surface_dice', 'case_metrics']
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #73942166
+# %% ../../nbs/evaluation/70_metrics.ipynb #6ca8635b
 import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import binary_erosion, find_objects
 from scipy.spatial import KDTree
-from ..core.errors import DataError
+from ..core.errors import InputError
+from ..core.text import shape_text
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #efd78119
-def _same(a, b):
+# %% ../../nbs/evaluation/70_metrics.ipynb #bd875a8a
+def _check_same_size(a, b):
     "InputError unless both masks have one size"
-    if a.shape != b.shape: raise DataError(f'masks can be compared if they have one size, these have {a.shape} and {b.shape}; bring them to one grid first')
+    if a.shape == b.shape:
+        return
+    raise InputError('masks', f'they differ in size: {shape_text(a.shape)} and {shape_text(b.shape)} voxels',
+                     'bring them to one grid first')
 
 def _sizes(a, b):
     "|A∩B|, |A| and |B|"
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    _same(a, b)
+    _check_same_size(a, b)
     return tuple(int(np.count_nonzero(m)) for m in (a & b, a, b))
 
-def _ratio(n, of): return n/of if of else None
+def _ratio(part, of):
+    "Their quotient, or None if there is nothing to divide by"
+    return part/of if of else None
 
 def dice(
     a, # mask, true where the class is
     b, # mask of the same shape
-):
+) -> float|None:
     "2|A∩B| / (|A|+|B|), or None where both are empty"
     both, a, b = _sizes(a, b)
     return _ratio(2*both, a + b)
 
+# %% ../../nbs/evaluation/70_metrics.ipynb #ca45952d
 def jaccard(
     a, # mask, true where the class is
     b, # mask of the same shape
-):
+) -> float|None:
     "|A∩B| / |A∪B|, or None where both are empty"
     both, a, b = _sizes(a, b)
     return _ratio(both, a + b - both)
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #9d4928d9
+# %% ../../nbs/evaluation/70_metrics.ipynb #31ac0ee2
 def sensitivity(
     a, # predicted mask
     b, # true mask of the same shape
-):
+) -> float|None:
     "|A∩B| / |B|, the part of the truth that was found; None where the truth is empty"
     both, _, b = _sizes(a, b)
     return _ratio(both, b)
 
+# %% ../../nbs/evaluation/70_metrics.ipynb #49035550
 def precision(
     a, # predicted mask
     b, # true mask of the same shape
-):
+) -> float|None:
     "|A∩B| / |A|, the part of the prediction that is right; None where the prediction is empty"
     both, a, _ = _sizes(a, b)
     return _ratio(both, a)
 
+# %% ../../nbs/evaluation/70_metrics.ipynb #bd18ef72
 def volume_difference(
     a, # predicted mask
     b, # true mask of the same shape
-):
+) -> float|None:
     "(|A|−|B|) / |B|, relative to the truth and with its sign; None where the truth is empty"
     _, a, b = _sizes(a, b)
     return _ratio(a - b, b)
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #a243b0e6
+# %% ../../nbs/evaluation/70_metrics.ipynb #07753344
 NEAR = 5 # voxels (along the widest axis) up to which the tree is asked first
 MANY = 1000 # points without an answer for which a map is worth its time
 
@@ -78,21 +87,24 @@ def _surface(mask):
 def _map(points, to, spacing):
     "Distances from points to the nearest of `to`, read off a map of the box that holds both"
     low = np.minimum(points.min(0), to.min(0))
-    there = np.zeros(np.maximum(points.max(0), to.max(0)) - low + 1, np.uint8)
-    there[tuple((to - low).T)] = 1
-    im = sitk.GetImageFromArray(there)
+    marked = np.zeros(np.maximum(points.max(0), to.max(0)) - low + 1, np.uint8)
+    marked[tuple((to - low).T)] = 1
+    im = sitk.GetImageFromArray(marked)
     im.SetSpacing([float(s) for s in spacing[::-1]]) # SimpleITK's order is (x,y,z)
-    far = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(im, squaredDistance=False, useImageSpacing=True))
-    return np.maximum(far[tuple((points - low).T)], 0) # below 0 within what it measures to
+    distances = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(im, squaredDistance=False, useImageSpacing=True))
+    return np.maximum(distances[tuple((points - low).T)], 0) # below 0 within what it measures to
 
 def _directed(points, to, spacing):
-    "Distances in mm from each of some points to the nearest of others; infinite where there are none"
-    if not len(points) or not len(to): return np.full(len(points), np.inf)
+    "Distances in mm from each of some points to the nearest of others; infinite if there are no others"
+    if not len(points) or not len(to):
+        return np.full(len(points), np.inf)
     tree = KDTree(to*spacing, leafsize=32)
     d = tree.query(points*spacing, distance_upper_bound=NEAR*spacing.max())[0]
     alone = np.isinf(d)
-    if alone.sum() > MANY: d[alone] = _map(points[alone], to, spacing)
-    elif alone.any(): d[alone] = tree.query(points[alone]*spacing)[0]
+    if alone.sum() > MANY:
+        d[alone] = _map(points[alone], to, spacing)
+    elif alone.any():
+        d[alone] = tree.query(points[alone]*spacing)[0]
     return d
 
 def _both_ways(a, b, spacing):
@@ -100,12 +112,15 @@ def _both_ways(a, b, spacing):
     a, b, spacing = _surface(a), _surface(b), np.array(spacing, float)
     return _directed(a, b, spacing), _directed(b, a, spacing)
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #c57777d6
+# %% ../../nbs/evaluation/70_metrics.ipynb #6947cbe5
 def _thick(shape, spacing):
     "Size and spacing without the axis of a single slice"
-    if len(shape) != len(spacing) or not all(0 < s < np.inf for s in spacing): raise DataError(f'spacing {tuple(spacing)} does not fit masks of size {tuple(shape)}; give one number of millimetres above 0 for each of their {len(shape)} axes')
+    if len(shape) != len(spacing) or not all(0 < s < np.inf for s in spacing):
+        raise InputError('masks', f'the spacing {tuple(spacing)} does not fit a size of {shape_text(shape)} voxels',
+                         f'give one number of millimeters above 0 for each of the {len(shape)} axes')
     axes = [i for i, n in enumerate(shape) if n != 1]
-    if len(axes) < 2: axes = range(len(shape))
+    if len(axes) < 2:
+        axes = range(len(shape))
     return tuple(shape[i] for i in axes), tuple(spacing[i] for i in axes)
 
 def _box(mask):
@@ -119,26 +134,28 @@ def surface_distances(
 ) -> tuple: # two arrays, infinite where the other mask is empty
     "Distances in mm from each surface voxel of a to the nearest of b, and from each of b to the nearest of a"
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    _same(a, b)
+    _check_same_size(a, b)
     shape, spacing = _thick(a.shape, spacing)
     a, b = a.reshape(shape), b.reshape(shape)
     box = _box(a | b)
     return _both_ways(a[box], b[box], spacing)
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #f543a134
+# %% ../../nbs/evaluation/70_metrics.ipynb #199c5114
 def _hd95(there, back):
     "The larger 95th percentile of two lists of distances; None where one of them is empty"
-    return float(max(np.percentile(d, 95) for d in (there, back))) if len(there) and len(back) else None
+    if not len(there) or not len(back):
+        return None
+    return float(max(np.percentile(d, 95) for d in (there, back)))
 
 def hd95(
     a, # mask
     b, # mask of the same shape
     spacing, # mm, (z,y,x)
-):
+) -> float|None:
     "95th percentile of the Hausdorff distance in mm, the larger of both directions; None where a mask is empty"
     return _hd95(*surface_distances(a, b, spacing))
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #d6916219
+# %% ../../nbs/evaluation/70_metrics.ipynb #334ba04f
 TOLERANCE = 1. # mm
 
 def _surface_dice(there, back, tolerance):
@@ -151,12 +168,13 @@ def surface_dice(
     b, # mask of the same shape
     spacing, # mm, (z,y,x)
     tolerance=TOLERANCE, # mm
-):
+) -> float|None:
     "Part of both surfaces that lies within the tolerance of the other one; None where both masks are empty"
-    if not 0 <= tolerance < np.inf: raise DataError(f'the tolerance is {tolerance}; it must be a number of millimetres from 0 upwards')
+    if not 0 <= tolerance < np.inf:
+        raise InputError('surface Dice', f'the tolerance is {tolerance}', 'give a number of millimeters from 0 upwards')
     return _surface_dice(*surface_distances(a, b, spacing), tolerance)
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #2885fbad
+# %% ../../nbs/evaluation/70_metrics.ipynb #c53a8a3d
 METRICS = ('dice', 'jaccard', 'sensitivity', 'precision', 'volume_difference', 'hd95', 'surface_dice')
 
 def _boxes(m):
@@ -165,13 +183,16 @@ def _boxes(m):
 
 def _joined(boxes, ndim):
     "The smallest box around some boxes"
-    if not boxes: return (slice(0),)*ndim
+    if not boxes:
+        return (slice(0),)*ndim
     return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes))
 
 def _one_class(a, b, spacing, tolerance, surface):
     "All metrics of two masks"
-    res = dict(dice=dice(a, b), jaccard=jaccard(a, b), sensitivity=sensitivity(a, b), precision=precision(a, b), volume_difference=volume_difference(a, b))
-    if not surface: return res
+    overlaps = (dice, jaccard, sensitivity, precision, volume_difference)
+    res = {f.__name__: f(a, b) for f in overlaps}
+    if not surface:
+        return res
     d = _both_ways(a, b, spacing)
     return res | dict(hd95=_hd95(*d), surface_dice=_surface_dice(*d, tolerance))
 
@@ -184,13 +205,15 @@ def case_metrics(
     surface=True, # measure distances, too; they take most of the time
 ) -> dict: # class → {metric: number or None}
     "Every metric of every class but the background"
-    _same(prediction, label)
+    _check_same_size(prediction, label)
     shape, spacing = _thick(prediction.shape, spacing)
     prediction, label = prediction.reshape(shape), label.reshape(shape)
     found, res = [_boxes(m) for m in (prediction, label)], {}
-    if names is None: names = {v: v for v in sorted(set(found[0]) | set(found[1]))}
+    if names is None:
+        names = {v: v for v in sorted(set(found[0]) | set(found[1]))}
     for name, v in names.items():
-        if v == 0: continue
+        if v == 0:
+            continue
         box = _joined([f[v] for f in found if v in f], len(shape))
         res[name] = _one_class(prediction[box] == v, label[box] == v, spacing, tolerance, surface)
     return res

@@ -5,7 +5,8 @@ import SimpleITK as sitk
 from hypothesis import given, strategies as st
 from autounet_nb.core.errors import InputError
 from autounet_nb.evaluation.metrics import dice
-from autounet_nb.evaluation.scores import Scores, evaluate
+from autounet_nb.evaluation.evaluate import evaluate
+from autounet_nb.evaluation.scores import Scores
 from autounet_nb.evaluation.metrics import METRICS, case_metrics
 
 def write(path, y, spacing=1., origin=0.):
@@ -98,7 +99,7 @@ def test_scores_come_back_from_json(pair):
     for s in (evaluate(*pair), evaluate(*pair, tolerance=2.5), evaluate(*pair, surface=False), Scores({'a': {'x': .5}, 'b': {'x': None}}, ('said',))):
         assert Scores.from_json(json.loads(json.dumps(s.to_json()))) == s
     for damaged in ({}, [], {'cases': 3}, {'cases': [{'id': 'a', 'x': {}}]}, {'cases': [{'id': 'a', 'x': .5}]}):
-        with pytest.raises(InputError, match='no scores'): Scores.from_json(damaged)
+        with pytest.raises(InputError, match='list of cases'): Scores.from_json(damaged)
 
 def test_csv_has_a_row_per_case_and_class(pair, tmp_path):
     s = evaluate(*pair, names={'the "organ", left': 1, 'tumour': 2})
