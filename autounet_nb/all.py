@@ -54,8 +54,8 @@ from .evaluation.choose import *
 from .evaluation.prices import *
 from .evaluation.pricing import *
 from .evaluation.budget import *
+from .evaluation.status import *
 from .app.forecast import *
-from .app.status import *
 from .app.cluster import *
 from .app.report import *
 from .app.run import *

@@ -10,7 +10,8 @@ from autounet_nb.core.executor import pmap
 from autounet_nb.data.cases import Dataset
 from autounet_nb.planning.fingerprint import Fingerprint
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.app.run import cross_validate, prepare
+from autounet_nb.app.train_all import cross_validate
+from autounet_nb.app.run import prepare
 
 @pytest.fixture(scope='module')
 def client():
