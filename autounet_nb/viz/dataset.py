@@ -84,11 +84,13 @@ def plot_fingerprint(
     fig.suptitle(f'{fp.name}: {fp.n} case{"s" * (fp.n > 1)}, {fp.dim}D', fontsize=10)
     return fig
 
-# %% ../../nbs/viz/41_dataset.ipynb #94928222
+# %% ../../nbs/viz/41_dataset.ipynb #96820c62
 def _some(dataset, most):
     "At most so many cases, spread over the dataset"
-    if not len(dataset) or most < 1:
-        raise InputError(dataset.name, f'{most} of its {len(dataset)} cases are to be shown', 'give at least one')
+    if not len(dataset):
+        raise InputError(dataset.name, 'there are no cases to show', 'give a dataset with at least one')
+    if most < 1:
+        raise InputError(dataset.name, f'{most} cases are to be shown', 'show at least one')
     return [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, min(most, len(dataset))).round()]
 
 def _mask(scan):

@@ -27,7 +27,7 @@ def in_mm(
         patch.insert(config.slice_axis, 1)
     return np.multiply(config.median_shape, config.spacing), np.multiply(patch, config.spacing)
 
-# %% ../../nbs/viz/42_patch.ipynb #f570678e
+# %% ../../nbs/viz/42_patch.ipynb #7dedc12a
 def _share_text(share):
     "How a patch compares with the median case"
     if abs(share - 1) < .005:
@@ -44,8 +44,8 @@ def patch_text(
     seen = [i for i in range(3) if i != config.slice_axis] # all axes in 3D
     size = ' × '.join(f'{patch[i]:.3g}' for i in seen)
     share = _share_text(prod(patch[seen]) / prod(case[seen]))
-    whole = 'slice' if config.dim == 2 else 'case'
-    return f'{shape_text(config.patch_size)} voxels = {size} mm, {share} the median {whole}'
+    what = 'slice' if config.dim == 2 else 'case'
+    return f'{shape_text(config.patch_size)} voxels = {size} mm, {share} the median {what}'
 
 # %% ../../nbs/viz/42_patch.ipynb #a19326f5
 class Sheet(NamedTuple):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['plot_step', 'plot_plan']
 
-# %% ../../nbs/viz/44_plan.ipynb #d4b0943d
-from math import floor, prod
+# %% ../../nbs/viz/44_plan.ipynb #c9e4c9bd
+from math import prod
 from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
