@@ -30,8 +30,10 @@ from ..planning.config import MODELS
 from ..planning.fingerprint import Fingerprint
 from ..planning.plan import Plan
 from ..planning.rules import coarsest_axis
-from ..viz.dataset import gray_window, plot_fingerprint, plot_montage, show_slice
-from ..viz.plan import plot_patch, plot_unet
+from ..viz.scan import gray_window, show_slice
+from ..viz.dataset import plot_fingerprint, plot_montage
+from ..viz.patch import plot_patch
+from ..viz.unet_drawing import plot_unet
 from ..training.log import read_history
 from ..inference.ensemble import too_short
 from ..evaluation.choose import Choice, score_models, scored_folds

@@ -15,10 +15,10 @@ from ..core.errors import InputError
 from .cases import Case, Dataset
 from .images import read_image, read_label
 
-# %% ../../nbs/data/17_case_rules.ipynb #d325aa5b
+# %% ../../nbs/data/17_case_rules.ipynb #b8a0d520
 @dataclass(frozen=True)
 class Problem:
-    "One thing that is wrong with one case, or with the dataset as a whole"
+    "One thing that is wrong with one case, or with all of the dataset"
     case: str # id, '' for the dataset
     file: str # path, '' for the dataset
     severity: str # 'error' or 'warning'

@@ -7,9 +7,11 @@ import matplotlib.pyplot as plt
 from autounet_nb.core.errors import InputError
 from autounet_nb.data.cases import read_case
 from autounet_nb.viz.dataset import plot_fingerprint, plot_intensities, plot_montage
-from autounet_nb.viz.plan import plot_cascade, plot_patch, plot_plan, plot_step, plot_unet
+from autounet_nb.viz.patch import plot_cascade, plot_patch
+from autounet_nb.viz.plan import plot_plan, plot_step
+from autounet_nb.viz.scan import gray_window
+from autounet_nb.viz.unet_drawing import plot_unet
 from autounet_nb.planning.fingerprint import Fingerprint
-from autounet_nb.viz.dataset import gray_window
 from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.core.text import shape_text
 from autounet_nb.planning.memory import training_memory
@@ -150,8 +152,8 @@ def test_datasets_without_masks_or_cases(datasets):
     assert [len(ax.collections) for ax in plot_montage(blank, 2).axes] == [0, 0]
     assert [len(ax.patches) for ax in plot_intensities(blank, 2).axes] == [1] * 4
     for plot in (plot_montage, plot_intensities):
-        with pytest.raises(InputError, match='at least one'): plot(replace(blank, cases=()))
-        with pytest.raises(InputError, match='at least one'): plot(blank, most=0)
+        with pytest.raises(InputError, match='heads: there are no cases to show; give a dataset with at least one'): plot(replace(blank, cases=()))
+        with pytest.raises(InputError, match='heads: 0 cases are to be shown; show at least one'): plot(blank, most=0)
     assert gray_window(np.array([-1000., 40])) == (-160, 240)
 
 # ---- a plan
@@ -166,12 +168,12 @@ def test_patch_is_drawn_to_scale(plan):
     assert len(fig.axes) == len(plan.models)
     for ax, c in zip(fig.axes, plan.models.values()):
         z, y, x = in_mm(c)
-        rects = [p for p in ax.patches if p.get_gid() == 'patch_size']
+        rects = [p for p in ax.patches if p.get_gid() == 'patch']
         assert np.allclose([(p.get_height(), p.get_width()) for p in rects], [(y, x), (z, x), (z, y)][:1 if c.median_shape[0] == 1 else 3])
         assert ax.get_aspect() == 1
         lit = [p.get_linewidth() > 1.2 for p in rects]
         assert lit == [c.dim == 3 or axis == c.slice_axis for axis in range(3)][:len(rects)], 'one plane of a 2D network is lit'
-        cases = [p for p in ax.patches if p.get_gid() != 'patch_size']
+        cases = [p for p in ax.patches if p.get_gid() != 'patch']
         for p, q in zip(rects, cases): # around the same point
             assert np.allclose(p.get_center(), q.get_center())
         assert f'{c.name}: {shape_text(c.patch_size)} voxels' in ax.get_title()
@@ -190,11 +192,11 @@ def test_patch_on_a_scan(datasets):
     for ax in fig.axes:
         sizes = [(e[2] - e[3], e[1] - e[0]) for e in (i.get_extent() for i in ax.images)]
         assert np.allclose(sizes, [(y, x), (z, x), (z, y)])
-        for image, rect in zip(ax.images, [p for p in ax.patches if p.get_gid() == 'patch_size']):
+        for image, rect in zip(ax.images, [p for p in ax.patches if p.get_gid() == 'patch']):
             left, right, bottom, top = image.get_extent()
             assert np.allclose(rect.get_center(), ((left + right) / 2, (bottom + top) / 2))
     for image, spacing in ((s.image, s.geometry.spacing), (s.image[0], None)):
-        with pytest.raises(InputError, match='give one channel'): plot_patch(plan, image, spacing)
+        with pytest.raises(InputError, match='image: its shape is .* give one channel'): plot_patch(plan, image, spacing)
 
 CONFIGS = {f'{k}-{hw}-{c.name}': c for (k, hw), p in PLANS.items() for c in p.models.values()}
 
@@ -288,7 +290,7 @@ def test_overview(plan):
     assert [p.get_width() for ax in bars[::2] for p in ax.patches] == [c.batch_size for c in mine]
     assert np.allclose([sum(p.get_width() for p in ax.patches) for ax in bars[1::2]], [sum(training_memory(c, HARDWARE[plan.hardware].precision).values()) / 1e9 for c in mine])
     n = 1 if plan.dim == 2 else 3
-    rects = [p for p in patches.patches if p.get_gid() == 'patch_size']
+    rects = [p for p in patches.patches if p.get_gid() == 'patch']
     assert np.allclose([(p.get_height(), p.get_width()) for p in rects[::n]], [in_mm(c)[[1, 2]] for c in mine])
     a, b = patches.transData.transform([(0, 0), (1, 1)])
     assert np.isclose(abs(b[0] - a[0]), abs(b[1] - a[1])), 'as long down as across'
