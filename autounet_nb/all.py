@@ -6,6 +6,8 @@ from .core.records import *
 from .core.text import *
 from .core.executor import *
 from .core.distributed import *
+from .data.geometry import *
+from .data.formats import *
 from .data.images import *
 from .data.cases import *
 from .data.find import *

@@ -14,7 +14,7 @@ import os, sys
 import numpy as np
 from threadpoolctl import threadpool_limits
 from ..core.errors import DataError, InputError
-from ..data.images import _check_mask, _writable
+from ..data.images import MASK_SUFFIXES, check_mask
 from .export import _write_probabilities
 from ..core.executor import progress
 from ..core.files import read_json, write_json
@@ -101,7 +101,7 @@ def _targets(cases, out, suffix):
     res = {}
     for c in cases:
         own = split_name(c.images[0])[1]
-        path = Path(out)/(c.id + (suffix or (own if own in _writable else _FORMATS.get(own, '.nii.gz'))))
+        path = Path(out)/(c.id + (suffix or (own if own in MASK_SUFFIXES else _FORMATS.get(own, '.nii.gz'))))
         if path in res: raise DataError(f'two scans are called {c.id}; rename one, or predict them into different folders')
         res[path] = c
     for path, f in ((p, f) for p in res for c in cases for f in (*c.images, c.label) if f and Path(f).name == p.name):
@@ -179,7 +179,7 @@ class Predictor:
         suffix=None, # format of the masks, e.g. '.nrrd'; None: that of the scan
     ) -> list: # of the files written
         "Segment files, each on its own grid"
-        if suffix and suffix not in _writable: raise DataError(f'{suffix!r} is no format for masks; choose one of {", ".join(_writable)}')
+        if suffix and suffix not in MASK_SUFFIXES: raise DataError(f'{suffix!r} is no format for masks; choose one of {", ".join(MASK_SUFFIXES)}')
         for said in too_short(self.work, self.ensemble.names): print(f'Warning: {said}', file=sys.stderr)
         known = isinstance(scans, Dataset) or (isinstance(scans, (list, tuple)) and all(isinstance(s, Case) for s in scans))
         todo = _targets(list(scans) if known else find_scans(scans, len(self.ensemble.plan.modalities)), out, suffix)
@@ -208,7 +208,7 @@ class Predictor:
     def _segment(self, loaded, path, probabilities):
         "Label values of a file, its place, and how it was looked at"
         geometry, ready = loaded()
-        _check_mask(np.broadcast_to(np.uint8(0), geometry.shape), geometry, path) # better to know before the work than after
+        check_mask(np.broadcast_to(np.uint8(0), geometry.shape), geometry, path) # better to know before the work than after
         options = self.options(ready.x[0].size)
         slabs = _probabilities(ready, self.ensemble, options)
         if probabilities:

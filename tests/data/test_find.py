@@ -7,7 +7,8 @@ from autounet_nb.core.executor import pmap
 from autounet_nb.core.files import atomic, read_json, write_json
 from autounet_nb.data.cases import Case, Dataset, read_case
 from autounet_nb.data.find import find_scans, scan
-from autounet_nb.data.images import Geometry, channel_names, read_image, read_label, write_like
+from autounet_nb.data.geometry import Geometry
+from autounet_nb.data.images import channel_names, read_image, read_label, write_like
 
 rng = np.random.default_rng(0)
 VOLUME = (100*rng.normal(size=(7, 20, 18))).astype(np.int16)
