@@ -10,6 +10,7 @@ from .data.geometry import *
 from .data.formats import *
 from .data.images import *
 from .data.cases import *
+from .data.layouts import *
 from .data.find import *
 from .data.phantom import *
 from .data.check import *
