@@ -111,7 +111,8 @@ def budget_sets(data):
 
 def _raw(dataset, cases, to):
     "Cases with one image each in nnU-Net's layout, which both sides read; pictures in colour as pairs of files, which ours does"
-    from autounet_nb.data.images import read_label, split_name
+    from autounet_nb.data.images import read_label
+    from autounet_nb.data.formats import split_name
     end, colour = split_name(cases[0].images[0])[1], len(dataset.modalities) > 1
     folders = ('images', 'labels') if colour else ('imagesTr', 'labelsTr')
     for k in folders: (to/k).mkdir(parents=True)

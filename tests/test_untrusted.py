@@ -52,7 +52,7 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.intege
                            lambda o: st.lists(o, max_size=4) | st.dictionaries(st.text(max_size=5), o, max_size=3), max_leaves=6)
 
 @settings(max_examples=300, deadline=None)
-@given(json_values, st.sampled_from([cases._DATASET, dict(a=records.TEXT, b=[(records.whole_number(0, 3),) * 2], c={str: records.FLAG})]))
+@given(json_values, st.sampled_from([cases.DATASET_FORM, dict(a=records.TEXT, b=[(records.whole_number(0, 3),) * 2], c={str: records.FLAG})]))
 def test_a_flaw_is_one_short_line(value, form):
     why = records.flaw(value, form)
     assert why is None or ('\n' not in why and len(why) < 700)

@@ -25,7 +25,8 @@ from ..core.files import atomic, read_json
 from ..core.text import bytes_text, shape_text, time_text
 from ..data.cases import Dataset, read_case
 from ..data.find import scan
-from ..data.images import read_label, split_name
+from ..data.images import read_label
+from ..data.formats import split_name
 from ..planning.config import MODELS
 from ..planning.fingerprint import Fingerprint
 from ..planning.plan import Plan

@@ -63,7 +63,7 @@ def broadcast(
     dist.broadcast(t, 0)
     return t.item()
 
-# %% ../../nbs/core/07_distributed.ipynb #54a0f0f2
+# %% ../../nbs/core/07_distributed.ipynb #9d7d5128
 def _free_port():
     "A port on this machine at which nobody listens"
     with socket.socket() as s:
@@ -91,22 +91,22 @@ class _Group:
         dist.init_process_group('cpu:gloo,cuda:nccl')
         return f'cuda:{rank}'
 
-def _member(rank, f, group, told):
-    "One of several processes; `told` carries what it found wrong"
+def _member(rank, f, group, errors):
+    "One of several processes; `errors` carries what it found wrong"
     warnings.filterwarnings('ignore', 'Grad strides do not match') # of a 1×1×1 kernel, the same in any layout
     device = group.join(rank)
     with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere) if rank else nullcontext():
         try:
             f(device=device)
         except InputError as e:
-            told.put(e)
+            errors.put(e)
             raise
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0) # PyTorch's threads at times abort a process that ends in the usual way
 
-# %% ../../nbs/core/07_distributed.ipynb #33e47526
+# %% ../../nbs/core/07_distributed.ipynb #5bb638e3
 def _interrupt(process):
     "Ctrl-C for another process"
     os.kill(process.pid, signal.SIGINT)
@@ -136,9 +136,9 @@ def launch(
     "Run a function in `n` processes that share a training"
     cuda = device != 'cpu'
     _check_machine(n, cuda)
-    told = mp.get_context('spawn').SimpleQueue()
+    errors = mp.get_context('spawn').SimpleQueue()
     group = _Group(n, _free_port(), cuda, max(1, torch.get_num_threads() // n))
-    context = mp.spawn(_member, (f, group, told), n, join=False)
+    context = mp.spawn(_member, (f, group, errors), n, join=False)
     try:
         while not context.join():
             pass
@@ -146,8 +146,8 @@ def launch(
         _stop(context.processes)
         raise
     except mp.ProcessRaisedException as e:
-        if not told.empty():
-            raise told.get() from e
+        if not errors.empty():
+            raise errors.get() from e
         raise RuntimeError(str(e).strip().splitlines()[-1]) from e
     except mp.ProcessExitedException as e:
         problem = f'Process {e.error_index} of the {n} that shared a training was ended ' \

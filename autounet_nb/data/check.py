@@ -17,7 +17,7 @@ from ..core.table import Table
 from .case_rules import Checked, Problem, check_case, problem_of, values_text
 from .cases import Dataset
 from .find import scan
-from .images import split_name
+from .formats import split_name
 
 # %% ../../nbs/data/18_check.ipynb #93fc4387
 _LEFTOVERS = 'mask without an image', 'belongs to no case of dataset.json' # reasons of `scan` that are no loss

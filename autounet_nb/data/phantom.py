@@ -15,7 +15,8 @@ from .anatomy import CLASSES, body_grid, depth, head_parts, is_ct
 from .anatomy import paint, smooth_field, targets, tissue_intensities, trunk_parts
 from .cases import Dataset
 from .find import scan
-from .images import Geometry, write_like
+from .geometry import Geometry
+from .images import write_like
 
 # %% ../../nbs/data/16_phantom.ipynb #51e7ae10
 def _scanned(

@@ -15,7 +15,8 @@ from ..core.executor import pmap
 from ..core.files import read_json, write_json
 from ..core.table import Table, cell_text
 from ..core.work import Work
-from ..data.images import split_name, write_like
+from ..data.formats import split_name
+from ..data.images import write_like
 from ..planning.plan import Plan
 from ..preprocessing.preprocess import PreprocessedCase
 from ..inference.ensemble import trained_folds

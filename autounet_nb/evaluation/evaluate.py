@@ -15,7 +15,8 @@ from ..core.files import read_json
 from ..core.text import first_of, shape_text
 from ..data.cases import Case, Dataset, read_case
 from ..data.find import _classes
-from ..data.images import read_label, split_name
+from ..data.images import read_label
+from ..data.formats import split_name
 from ..viz.scan import show_case
 from .metrics import METRICS, TOLERANCE, case_metrics
 from .scores import Scores, dice_cell, mean_of_known

@@ -17,7 +17,8 @@ from ..core.errors import InputError
 from ..core.executor import progress
 from ..data.cases import Case, Dataset, read_case
 from ..data.find import find_scans
-from ..data.images import split_name, write_like
+from ..data.formats import split_name
+from ..data.images import write_like
 from ..planning.memory import available_memory
 from ..training.weights import find_device
 from .ensemble import InferenceOptions, load_ensemble, too_short

@@ -12,7 +12,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..data.images import _check_mask, _writable
-from ..data.images import split_name
+from ..data.formats import split_name
 
 # %% ../../nbs/inference/64_results.ipynb #b3bdbf6f
 _FORMATS = {'.jpg': '.png', '.jpeg': '.png', '.bmp': '.png', '.nhdr': '.nrrd', '.mhd': '.mha'} # read, but not written

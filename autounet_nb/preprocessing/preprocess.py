@@ -19,7 +19,7 @@ from ..core.files import atomic, read_json, write_json
 from ..core.text import bytes_text
 from ..core.threads import cores
 from ..data.cases import read_case
-from ..data.images import Geometry
+from ..data.geometry import Geometry
 from ..planning.fingerprint import Fingerprint
 from ..planning.measure import nonzero_box, nonzero_mask
 from ..planning.memory import available_memory, prepare_needs

@@ -1,13 +1,14 @@
 "Folders of every layout and files of every format, whole and broken."
-import gzip, json, locale, os, shutil
+import errno, gzip, json, locale, os, shutil
 import numpy as np, pytest, SimpleITK as sitk
 from PIL import Image
-from autounet_nb.core.errors import DataError, InputError
+from autounet_nb.core.errors import DiskFull, InputError
 from autounet_nb.core.executor import pmap
 from autounet_nb.core.files import atomic, read_json, write_json
 from autounet_nb.data.cases import Case, Dataset, read_case
 from autounet_nb.data.find import find_scans, scan
-from autounet_nb.data.images import Geometry, channel_names, read_image, read_label, write_like
+from autounet_nb.data.geometry import Geometry
+from autounet_nb.data.images import channel_names, read_image, read_label, write_like
 
 rng = np.random.default_rng(0)
 VOLUME = (100*rng.normal(size=(7, 20, 18))).astype(np.int16)
@@ -268,7 +269,7 @@ def test_two_files_of_one_case(tmp_path):
     root = decathlon(tmp_path/'a')
     d = read_json(root/'dataset.json')
     write_json(root/'dataset.json', {**d, 'training': d['training']*2})
-    with pytest.raises(InputError, match='case c0 is listed 2 times'): scan(root)
+    with pytest.raises(InputError, match='case c0: it is listed 2 times'): scan(root)
     write(pairs(tmp_path/'b')/'images/c0.mha', VOLUME)
     with pytest.raises(InputError, match='would both be case c0'): scan(tmp_path/'b')
     with pytest.raises(InputError, match='would both be case c0'): find_scans(tmp_path/'b/images')
@@ -436,6 +437,22 @@ def test_files_that_are_no_images(tmp_path):
             with pytest.raises(InputError, match=name): read_image(tmp_path/name)
     with pytest.raises(InputError, match='no such file'): read_image(tmp_path/'nowhere.nii')
 
+@pytest.mark.parametrize('kw', [{}, {'progressive': True}, {'quality': 20, 'subsampling': 2}, {'restart_marker_blocks': 1}])
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'CMYK'])
+def test_truncated_jpegs_of_every_kind(tmp_path, mode, kw):
+    grey = np.cumsum(rng.integers(-3, 4, (90, 121)), 1).clip(0, 255).astype(np.uint8)
+    Image.fromarray(grey).convert(mode).save(tmp_path/'a.jpg', **kw)
+    whole, x = (tmp_path/'a.jpg').read_bytes(), read_image(tmp_path/'a.jpg')[0]
+    for size in (*range(4, len(whole) - 2, len(whole)//30), len(whole) - 2, len(whole) - 1):
+        (tmp_path/'a.jpg').write_bytes(whole[:size])
+        try: y = read_image(tmp_path/'a.jpg')[0]
+        except InputError as e: assert 'truncated' in str(e) and '\n' not in str(e)
+        else: assert size > len(whole) - 3 and (y == x).all(), f'{len(whole) - size} bytes are missing and nobody noticed'
+
+def test_a_very_large_jpeg(tmp_path, recwarn): # at which Pillow's own reader suspects an attack
+    Image.fromarray(np.zeros((9500, 9500), np.uint8)).save(tmp_path/'a.jpg')
+    assert len(channel_names(tmp_path/'a.jpg')) == 1 and not recwarn.list
+
 def test_a_picture_under_the_wrong_name(tmp_path):
     write(tmp_path/'a.png', GREY)
     shutil.copy(tmp_path/'a.png', tmp_path/'a.jpg')
@@ -580,10 +597,13 @@ def test_results_that_cannot_be_written(tmp_path):
 
 def test_writing_is_whole_or_not_at_all(tmp_path):
     write_json(tmp_path/'a.json', {'a': 1})
-    with pytest.raises(OSError):
-        with atomic(tmp_path/'a.json') as p:
-            p.write_text('{')
-            raise OSError('disc full')
+    for error, seen in ((OSError('pulled out'), OSError), (OSError(errno.ENOSPC, 'No space left on device'), DiskFull), (OSError(errno.EDQUOT, 'Quota exceeded'), DiskFull), (KeyError('x'), KeyError)):
+        with pytest.raises(seen) as e:
+            with atomic(tmp_path/'a.json') as p:
+                p.write_text('{')
+                raise error
+        assert type(e.value) is seen
+        if seen is DiskFull: assert (e.value.where, e.value.code) == (str(tmp_path/'a.json'), 'disk-full')
     assert [p.name for p in tmp_path.iterdir()] == ['a.json'] and read_json(tmp_path/'a.json') == {'a': 1}
 
 def test_find_scans(tmp_path):
@@ -600,14 +620,14 @@ def test_find_scans(tmp_path):
     with pytest.raises(InputError, match='no scan in it'): find_scans(tmp_path)
 
 def odd(i):
-    if i % 2 == 0: raise DataError(f'{i} is even')
+    if i % 2 == 0: raise InputError(i, 'is even')
     return os.getpid()
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_pmap_goes_on_after_a_failure(workers):
     res = dict(pmap(odd, range(8), workers))
     assert sorted(res) == list(range(8))
-    assert [isinstance(res[i], InputError) and str(res[i]) == f'{i} is even' for i in range(0, 8, 2)] == [True]*4
+    assert [isinstance(res[i], InputError) and str(res[i]) == f'{i}: is even' for i in range(0, 8, 2)] == [True]*4
     assert (os.getpid() in res.values()) == (workers == 1)
     assert list(pmap(odd, [])) == []
 
