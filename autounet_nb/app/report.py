@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from ..core.errors import DataError, InputError
 from .. import __version__
 from ..planning.plan import edits_text, plan_rows, value_text
-from ..viz.dataset import _color, _panel
+from ..viz.scan import color_of, show_contours
 from ..core.files import atomic, read_json
 from ..core.text import bytes_text, shape_text, time_text
 from ..data.cases import Dataset, read_case
@@ -51,11 +51,11 @@ def plot_curves(
     fig = Figure(figsize=(8, 2.3 * len(histories) + .5), layout='constrained')
     for (left, right), (model, folds) in zip(fig.subplots(len(histories), 2, squeeze=False), histories.items()):
         for k, rows in folds.items():
-            line = lambda ax, name, **kw: ax.plot([r['step'] for r in rows], [np.nan if r[name] is None else r[name] for r in rows], color=_color(k), **kw)
+            line = lambda ax, name, **kw: ax.plot([r['step'] for r in rows], [np.nan if r[name] is None else r[name] for r in rows], color=color_of(k), **kw)
             line(left, 'train_loss', lw=1, ls=':'); line(left, 'valid_loss', lw=1.4, marker='.', ms=4); line(right, 'dice', lw=1.4, marker='.', ms=4)
         left.set_title(f'{model}: loss', fontsize=9); right.set_title(f'{model}: Dice on validation patches', fontsize=9); right.set(ylim=(0, 1))
         for ax in (left, right): ax.grid(alpha=.25); ax.tick_params(labelsize=8); ax.set_xlabel('step', fontsize=8)
-    lines = [Line2D([], [], color=_color(k), label=f'fold {k}') for k in sorted({k for f in histories.values() for k in f})]
+    lines = [Line2D([], [], color=color_of(k), label=f'fold {k}') for k in sorted({k for f in histories.values() for k in f})]
     lines += [Line2D([], [], color='.5', ls=s, label=n) for s, n in ((':', 'training'), ('-', 'validation'))]
     fig.legend(handles=lines, loc='outside lower center', ncols=7, fontsize=8, frameon=False)
     return fig
@@ -68,7 +68,7 @@ def plot_effort(
     names = list(dict.fromkeys(r['model'] for r in rows))
     fig = Figure(figsize=(8, .9 + .24 * len(rows)), layout='constrained')
     ax, minutes = fig.subplots(), [r['seconds'] / 60 for r in rows]
-    ax.barh(range(len(rows)), minutes, color=[_color(names.index(r['model'])) for r in rows], height=.7)
+    ax.barh(range(len(rows)), minutes, color=[color_of(names.index(r['model'])) for r in rows], height=.7)
     for i, (m, r) in enumerate(zip(minutes, rows)): ax.text(m, i, f'  {m:.1f}' + (f', {bytes_text(r["memory"])}' if r['memory'] else ''), va='center', fontsize=8)
     ax.set(yticks=range(len(rows)), yticklabels=[f'{r["model"]}, fold {r["fold"]}' for r in rows], ylim=(len(rows) - .4, -.6), xlim=(0, 1.25 * max(*minutes, .01)))
     ax.tick_params(labelsize=8); ax.set_xlabel('minutes', fontsize=8); ax.spines[['top', 'right']].set_visible(False)
@@ -86,7 +86,7 @@ def plot_boxes(
     for ax, n in zip(fig.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0], names):
         for i, s in enumerate(scores.values()):
             d = [c[n] for c in s.cases.values() if c.get(n) is not None]
-            ax.plot(d, i + .5 * ((np.arange(len(d)) * .618 + .5) % 1 - .5), '.', color=_color(i), ms=7, alpha=.75, mew=0)
+            ax.plot(d, i + .5 * ((np.arange(len(d)) * .618 + .5) % 1 - .5), '.', color=color_of(i), ms=7, alpha=.75, mew=0)
             if d: ax.boxplot(d, positions=[i], orientation='horizontal', widths=.7, showfliers=False, medianprops=dict(color='k', lw=1.6), **{k: dict(color='.6') for k in ('boxprops', 'whiskerprops', 'capprops')})
         ax.set(yticks=range(len(scores)), yticklabels=list(scores), ylim=(len(scores) - .4, -.6), xlim=(-.02, 1.02))
         ax.set_title(n[:40], fontsize=9, loc='left'); ax.tick_params(labelsize=8); ax.grid(axis='x', alpha=.25)
@@ -131,7 +131,7 @@ def plot_errors(
     axs = fig.subplots(1, 4)
     for ax, y, name in zip(axs, (truth, truth, found, None), (f'slice {i}', 'truth', 'prediction', f'{np.count_nonzero(wrong):,} voxels wrong')):
         if y is None: extent = show_slice(ax, image, mm, window); ax.set_axis_off()
-        else: _panel(ax, image, y, mm, window)
+        else: show_contours(ax, image, y, mm, window)
         ax.set_title(name, fontsize=9, color=light)
     for k, c in enumerate(_WRONG.values(), 1): axs[3].imshow(np.where((wrong == k)[..., None], [*(int(c[j:j + 2], 16) / 255 for j in (1, 3, 5)), .85], 0), extent=extent, interpolation='nearest')
     half = max(extent)
@@ -144,7 +144,7 @@ def plot_errors(
 def _key(fig, classes, wrong, names):
     "What the colours mean"
     called = {v: k for k, v in (names or {}).items()}
-    key = [Line2D([], [], color=_color(k), label=str(called.get(k, f'class {k}'))[:24]) for k in classes[:8]]
+    key = [Line2D([], [], color=color_of(k), label=str(called.get(k, f'class {k}'))[:24]) for k in classes[:8]]
     key += [Rectangle((0, 0), 1, 1, color=list(_WRONG.values())[k - 1], label=list(_WRONG)[k - 1]) for k in wrong]
     if key: fig.legend(handles=key, loc='outside lower center', ncols=6, fontsize=8, frameon=False, labelcolor='.88')
 

@@ -14,7 +14,7 @@ from ..core.executor import pmap
 from ..core.files import read_json
 from ..core.text import first_of, shape_text
 from ..data.cases import Case, Dataset, read_case
-from ..data.find import _classes
+from ..data.layouts import read_classes
 from ..data.images import read_label
 from ..data.formats import split_name
 from ..viz.scan import show_case
@@ -126,7 +126,7 @@ def _known_names(labels, names):
     found = [f for f in near if f.exists()]
     if not found:
         return {}
-    return _classes(read_json(found[0]).get('labels', {}), found[0])
+    return read_classes(read_json(found[0]).get('labels', {}), found[0])
 
 def _names(
     labels, # as `evaluate` takes them

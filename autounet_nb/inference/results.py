@@ -11,7 +11,7 @@ import os
 import numpy as np
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
-from ..data.images import _check_mask, _writable
+from ..data.images import check_mask, MASK_SUFFIXES
 from ..data.formats import split_name
 
 # %% ../../nbs/inference/64_results.ipynb #b3bdbf6f
@@ -21,8 +21,8 @@ def check_suffix(
     suffix, # format of the masks, e.g. '.nrrd'; None: that of the scan
 ):
     "InputError for a format that masks cannot have"
-    if suffix and suffix not in _writable:
-        raise InputError(f'format {suffix!r}', 'it is no format for masks', f'choose one of {", ".join(_writable)}')
+    if suffix and suffix not in MASK_SUFFIXES:
+        raise InputError(f'format {suffix!r}', 'it is no format for masks', f'choose one of {", ".join(MASK_SUFFIXES)}')
 
 # %% ../../nbs/inference/64_results.ipynb #8507fa01
 def check_result(
@@ -30,7 +30,7 @@ def check_result(
     path, # of the mask
 ):
     "InputError if a mask on the grid of a scan cannot be written to a file without loss"
-    _check_mask(np.broadcast_to(np.uint8(0), geometry.shape), geometry, path)
+    check_mask(np.broadcast_to(np.uint8(0), geometry.shape), geometry, path)
 
 # %% ../../nbs/inference/64_results.ipynb #bddb37d7
 def _stamp(path):
@@ -62,7 +62,7 @@ def _mask_path(case, out, suffix):
     "The file for the mask of a case"
     if not suffix:
         own = split_name(case.images[0])[1]
-        suffix = {s: s for s in _writable}.get(own) or _FORMATS.get(own, '.nii.gz')
+        suffix = {s: s for s in MASK_SUFFIXES}.get(own) or _FORMATS.get(own, '.nii.gz')
     return Path(out)/f'{case.id}{suffix}'
 
 def _same_file(a, b):
