@@ -21,6 +21,8 @@ from .planning.design import *
 from .planning.plan import *
 from .planning.what_if import *
 from .preprocessing.resample import *
+from .preprocessing.normalization import *
+from .preprocessing.store import *
 from .preprocessing.preprocess import *
 from .preprocessing.splits import *
 from .viz.dataset import *

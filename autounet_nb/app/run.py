@@ -22,7 +22,8 @@ from ..data.phantom import make_phantoms, show_case
 from ..planning.fingerprint import Fingerprint, extract_fingerprint
 from ..planning.plan import Plan
 from ..planning.what_if import replan
-from ..preprocessing.preprocess import preprocess, sources_of
+from ..preprocessing.preprocess import preprocess
+from ..preprocessing.store import sources_of
 from ..preprocessing.splits import check_fold, read_patients, read_splits, work_splits
 from ..training.train import finished_training, preprocessed_cases, train_fold
 from ..training.weights import find_device

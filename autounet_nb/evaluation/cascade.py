@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.errors import DataError
 from ..core.files import read_json, write_json
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import PreprocessedCase, checksum, open_array, write_array
+from ..preprocessing.store import PreprocessedCase, checksum, open_array, write_array
 from ..inference.ensemble import upsampled
 from .cross_validation import fold_folder, softmax_slabs
 

@@ -18,7 +18,7 @@ from ..core.files import read_json, write_json
 from ..core.text import aligned
 from ..data.images import split_name, write_like
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import PreprocessedCase
+from ..preprocessing.store import PreprocessedCase
 from ..inference.ensemble import trained_folds
 from ..inference.predict import native_labels
 from .cross_validation import fold_folder, validated_cases, softmax_slabs

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..core.errors import DataError
 from ..core.files import read_json
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import read_patch
+from ..preprocessing.store import read_patch
 from ..training.unet import channels_last, one_hot
 from ..training.weights import load_model
 from .export import export_labels

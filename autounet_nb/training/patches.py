@@ -13,7 +13,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from ..core.errors import DataError
 from ..core.distributed import rank_and_size
-from ..preprocessing.preprocess import read_patch
+from ..preprocessing.store import read_patch
 
 # %% ../../nbs/training/55_patches.ipynb #12f159ac
 def patch_start(
@@ -68,7 +68,7 @@ class PatchDataset:
         if config.dim == 2: self.size.insert(config.slice_axis, 1)
         self.holders = {} # class → cases that contain it
         for i, c in enumerate(self.cases):
-            for k in c.points: self.holders.setdefault(k, []).append(i)
+            for k in c.class_locations: self.holders.setdefault(k, []).append(i)
         self.classes = sorted(self.holders)
 
     def __len__(self): return self.steps * self.part
@@ -88,7 +88,7 @@ class PatchDataset:
         if self.classes and is_forced(i, self.config.batch_size):
             k = self.classes[rng.integers(len(self.classes))]
             case = self.holders[k][rng.integers(len(self.holders[k]))]
-            voxel = self.cases[case].points[k][rng.integers(len(self.cases[case].points[k]))]
+            voxel = self.cases[case].class_locations[k][rng.integers(len(self.cases[case].class_locations[k]))]
         else: case = int(rng.integers(len(self.cases)))
         start = patch_start(self.cases[case].label.shape, self.size, rng, voxel)
         if voxel is not None and self.config.dim == 2: start[self.config.slice_axis] = voxel[self.config.slice_axis]

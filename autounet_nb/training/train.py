@@ -29,7 +29,7 @@ from ..core.threads import cores
 from ..data.cases import Dataset
 from ..planning.config import ModelConfig
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import PreprocessedCase
+from ..preprocessing.store import PreprocessedCase
 from ..preprocessing.splits import check_fold, work_splits
 from .augment import Augment, FEW_CASES
 from .cascade_augmentation import FirstStage

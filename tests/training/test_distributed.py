@@ -12,7 +12,7 @@ from autounet_nb.planning.fingerprint import Fingerprint
 from autounet_nb.training.patches import patch_dls
 from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.planning.plan import Plan, make_plan
-from autounet_nb.preprocessing.preprocess import PreprocessedCase, write_array
+from autounet_nb.preprocessing.store import PreprocessedCase, write_array
 from autounet_nb.app.run import prepare
 from autounet_nb.training.schedule import Budget, read_history
 from autounet_nb.core.distributed import rank_and_size
