@@ -23,7 +23,8 @@ from ..viz.scan import show_case
 from ..planning.fingerprint import Fingerprint, extract_fingerprint
 from ..planning.plan import Plan
 from ..planning.planner import replan
-from ..preprocessing.preprocess import preprocess, sources_of
+from ..preprocessing.preprocess import preprocess
+from ..preprocessing.store import sources_of
 from ..preprocessing.splits import read_patients, read_splits, work_splits
 from ..training.weights import find_device
 from ..inference.ensemble import too_short

@@ -11,7 +11,7 @@ from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..core.work import Work
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import PreprocessedCase, checksum, open_array, write_array
+from ..preprocessing.store import PreprocessedCase, checksum, open_array, write_array
 from ..inference.ensemble import upsampled
 from .cross_validation import softmax_slabs
 

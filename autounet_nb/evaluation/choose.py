@@ -18,7 +18,7 @@ from ..core.work import Work
 from ..data.formats import split_name
 from ..data.images import write_like
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import PreprocessedCase
+from ..preprocessing.store import PreprocessedCase
 from ..inference.ensemble import trained_folds
 from ..inference.one_scan import native_labels
 from .cross_validation import softmax_slabs, validated_cases

@@ -16,7 +16,7 @@ from ..core.files import read_json, write_json
 from ..core.work import Work
 from ..data.images import write_like
 from ..planning.config import MODELS
-from ..preprocessing.preprocess import new_array, open_array, sources_of
+from ..preprocessing.store import new_array, open_array, sources_of
 from ..training.train import preprocessed_cases
 from ..training.weights import find_device
 from ..inference.ensemble import InferenceOptions, load_ensemble, mean_softmax

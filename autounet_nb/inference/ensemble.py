@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.work import Work
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import read_patch
+from ..preprocessing.store import read_patch
 from ..training.unet import channels_last, one_hot
 from ..training.weights import load_model
 from .export import export_labels

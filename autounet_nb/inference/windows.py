@@ -13,7 +13,7 @@ import functools, math
 import numpy as np, torch
 from ..core.errors import InputError
 from ..planning.memory import FORWARD_VOXELS
-from ..preprocessing.preprocess import read_patch
+from ..preprocessing.store import read_patch
 from ..training.unet import channels_last, mixed_precision
 
 # %% ../../nbs/inference/60_windows.ipynb #ef9fe7bf

@@ -5,78 +5,114 @@
 # %% auto #0
 __all__ = ['read_edits']
 
-# %% ../../nbs/planning/25_settings.ipynb #9f9ad470
-from ..core.errors import DataError
+# %% ../../nbs/planning/25_settings.ipynb #c7b986dd
+from ..core.errors import InputError
 from ..core.records import shown
 from .config import MODELS
 
-# %% ../../nbs/planning/25_settings.ipynb #cfe89f58
+# %% ../../nbs/planning/25_settings.ipynb #46cc307a
 _OF_DATA = 'spacing', 'cases', 'median_shape', 'normalization', 'cascade'
 _OF_MODEL = 'patch_size', 'batch_size', 'features_per_stage', 'num_pool_per_axis', 'batch_dice'
-_FOLLOWS = dict(kernel_sizes='num_pool_per_axis', strides='num_pool_per_axis', slice_axis='spacing',
-                classes='nothing: they are those of the masks', in_channels='nothing: they are those of the scans')
+_FOLLOWS = dict(
+    kernel_sizes='set num_pool_per_axis', strides='set num_pool_per_axis', slice_axis='set spacing',
+    classes='the classes are those of the masks', in_channels='the channels are those of the scans')
 
 def _check_name(key, models):
-    "InputError where there is no such setting"
-    model, _, name = key.rpartition('.')
-    if key == '3d_lowres.spacing' or model in models and name in _OF_MODEL or not model and name in _OF_DATA: return
-    if model in models and name in _FOLLOWS: raise DataError(f'{key} follows from other values and cannot be set: set {_FOLLOWS[name]}.')
-    if model in models and name in _OF_DATA: raise DataError(f'{key} cannot be set for one model, because all see the same data: set {name}.')
-    raise DataError(f'There is no setting {shown(key)}: there are {", ".join(_OF_DATA)}, 3d_lowres.spacing, '
-                    f'and {", ".join(_OF_MODEL)} of {", ".join(models)}, as in 3d.patch_size=64,128,128.')
+    "InputError if there is no such setting"
+    where, (model, _, name) = f'setting {shown(key)}', key.rpartition('.')
+    if key == '3d_lowres.spacing' or not model and name in _OF_DATA:
+        return
+    if model in models and name in _OF_MODEL:
+        return
+    if model in models and name in _FOLLOWS:
+        raise InputError(where, 'it follows from other values and cannot be set', _FOLLOWS[name], 'setting')
+    if model in models and name in _OF_DATA:
+        raise InputError(where, 'it cannot be set for one model, because all models see the same data',
+                         f'set {name}', 'setting')
+    names = f'{", ".join(_OF_DATA)}, 3d_lowres.spacing, and {", ".join(_OF_MODEL)} of {", ".join(models)}'
+    raise InputError(where, 'there is no setting of this name',
+                     f'use one of {names}, as in 3d.patch_size=64,128,128', 'setting')
 
-# %% ../../nbs/planning/25_settings.ipynb #45328c22
-def _whole(o, low, high): return isinstance(o, int) and not isinstance(o, bool) and low <= o <= high
-def _length(o): return isinstance(o, (int, float)) and not isinstance(o, bool) and .001 <= o <= 1000
-def _list_of(v, n, fits): return isinstance(v, list) and len(v) == n and all(map(fits, v))
+# %% ../../nbs/planning/25_settings.ipynb #f425e968
+def _is_whole(v, low, high): return isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
-def _word(*words): return lambda v, axes, channels: (v if v in words else None, f'can be {words[0]} or {words[1]}')
-def _count(most): return lambda v, axes, channels: (v if _whole(v, 1, most) else None, f'needs a whole number from 1 to {most}')
+def _is_length(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and .001 <= v <= 1000
 
-def _maps(v, axes, channels):
-    "Feature maps: of the top level, or a list for all"
-    return v if all(_whole(o, 1, 2048) for o in (v if isinstance(v, list) else [v])) else None, 'needs a whole number from 1 to 2048'
+def _all_whole(v, n, low, high):
+    "Whether a value is a list of n whole numbers in a range"
+    return isinstance(v, list) and len(v) == n and all(_is_whole(o, low, high) for o in v)
 
-def _shape(v, axes, channels):
-    example = '128,160' if axes == 2 else '64,128,128'
-    return v if _list_of(v, axes, lambda o: _whole(o, 1, 4096)) else None, f'needs {axes} whole numbers from 1 to 4096, such as {example}'
+def _each(v, n):
+    "A list as it is, a single value n times"
+    if isinstance(v, list):
+        return v
+    return [v] * n
 
-def _lengths(v, axes, channels):
-    return [float(o) for o in v] if _list_of(v, 3, _length) else None, 'needs three lengths in mm from 0.001 to 1000, such as 2.5,0.8,0.8'
+def _fitting(v, fits):
+    "The value, or None if it doesn't fit"
+    return v if fits else None
 
-def _times(v, axes, channels):
-    v, example = v if isinstance(v, list) else [v] * axes, '5,4' if axes == 2 else '5,4,3'
-    return v if _list_of(v, axes, lambda o: _whole(o, 0, 6)) else None, f'needs one whole number from 0 to 6, or {axes}, such as {example}'
+# %% ../../nbs/planning/25_settings.ipynb #67e9eb1d
+def _patch_size(v, axes, channels):
+    example = {2: '128,160', 3: '64,128,128'}[axes]
+    return _fitting(v, _all_whole(v, axes, 1, 4096)), f'{axes} whole numbers from 1 to 4096, such as {example}'
 
-def _schemes(v, axes, channels):
-    v = v if isinstance(v, list) else [v] * channels
-    ok = _list_of(v, channels, lambda o: o in ('ct', 'zscore', 'nonzero'))
-    return v if ok else None, f'can be ct, zscore or nonzero, once or for each of {channels} channels'
+def _spacing(v, axes, channels):
+    words = 'three lengths in mm from 0.001 to 1000, such as 2.5,0.8,0.8'
+    if not isinstance(v, list) or len(v) != 3 or not all(map(_is_length, v)):
+        return None, words
+    return [float(o) for o in v], words
 
-def _flag(v, axes, channels):
-    "Yes or no, as a person writes it"
-    words = dict(true=True, yes=True, false=False, no=False)
-    return words.get(str(v).lower()), 'can be true or false'
+def _features_per_stage(v, axes, channels):
+    words = 'a whole number from 1 to 2048, or a list of them'
+    return _fitting(v, all(_is_whole(o, 1, 2048) for o in _each(v, 1))), words
 
-_KINDS = dict(patch_size=_shape, median_shape=_shape, spacing=_lengths, num_pool_per_axis=_times, features_per_stage=_maps, batch_size=_count(4096), cases=_count(10**6),
-              normalization=_schemes, batch_dice=_flag, cascade=_word('yes', 'no'))
+def _num_pool_per_axis(v, axes, channels):
+    example, v = {2: '5,4', 3: '5,4,3'}[axes], _each(v, axes)
+    return _fitting(v, _all_whole(v, axes, 0, 6)), f'one whole number from 0 to 6, or {axes}, such as {example}'
 
-# %% ../../nbs/planning/25_settings.ipynb #ccc20057
+def _batch_size(v, axes, channels): return _fitting(v, _is_whole(v, 1, 4096)), 'a whole number from 1 to 4096'
+
+def _cases(v, axes, channels): return _fitting(v, _is_whole(v, 1, 10**6)), f'a whole number from 1 to {10**6}'
+
+def _normalization(v, axes, channels):
+    v, words = _each(v, channels), f'ct, zscore or nonzero, once or for each of {channels} channels'
+    return _fitting(v, len(v) == channels and all(o in ('ct', 'zscore', 'nonzero') for o in v)), words
+
+def _batch_dice(v, axes, channels):
+    "True or false, as a person writes it"
+    return dict(true=True, yes=True, false=False, no=False).get(str(v).lower()), 'true or false'
+
+def _cascade(v, axes, channels): return _fitting(v, v in ('yes', 'no')), 'yes or no'
+
+_KINDS = dict(
+    patch_size=_patch_size, median_shape=_patch_size, spacing=_spacing, cases=_cases, normalization=_normalization,
+    num_pool_per_axis=_num_pool_per_axis, features_per_stage=_features_per_stage, batch_size=_batch_size,
+    batch_dice=_batch_dice, cascade=_cascade)
+
+# %% ../../nbs/planning/25_settings.ipynb #3977c960
 def _parsed(value):
     "Text as a word, a number, or a list of either; a tuple as a list"
-    if isinstance(value, (list, tuple)): return list(value)
-    if not isinstance(value, str): return value
-    if ',' in value: return [_parsed(v.strip()) for v in value.split(',')]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if not isinstance(value, str):
+        return value
+    if ',' in value:
+        return [_parsed(v.strip()) for v in value.split(',')]
     for kind in (int, float):
-        try: return kind(value)
-        except ValueError: pass
+        try:
+            return kind(value)
+        except ValueError:
+            pass
     return value
 
 def _clean(key, value, channels):
-    "The value of one setting as it is stored; InputError where it can't be one"
-    v, needs = _KINDS[key.rpartition('.')[2]](_parsed(value), 2 if key.startswith('2d.') else 3, channels)
-    if v is None: raise DataError(f'{key} is {shown(value)}: it {needs}.')
-    return v
+    "The value of one setting as it is stored; InputError if it can't be one"
+    kind, axes = _KINDS[key.rpartition('.')[2]], 2 if key.startswith('2d.') else 3
+    stored, words = kind(_parsed(value), axes, channels)
+    if stored is None:
+        raise InputError(f'setting {key}', f'it is {shown(value)}', f'it has to be {words}', 'setting')
+    return stored
 
 def read_edits(
     edits, # name → value, or a list of texts such as '3d.patch_size=64,128,128'
@@ -84,6 +120,9 @@ def read_edits(
     channels=1, # of the scans
 ) -> dict: # name → value
     "Settings as a plan stores them; InputError for those that make no sense"
-    pairs = edits.items() if isinstance(edits, dict) else [(k.strip(), v.strip()) for k, _, v in (t.partition('=') for t in edits or ())]
-    for k, _ in pairs: _check_name(k, models)
-    return {k: _clean(k, v, channels) for k, v in pairs}
+    if not isinstance(edits, dict):
+        texts = [t.partition('=') for t in edits or ()]
+        edits = {name.strip(): value.strip() for name, _, value in texts}
+    for name in edits:
+        _check_name(name, models)
+    return {name: _clean(name, value, channels) for name, value in edits.items()}

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['resampled_shape', 'spline_operator', 'resample', 'resample_labels']
 
-# %% ../../nbs/preprocessing/30_resample.ipynb #0385c1f8
+# %% ../../nbs/preprocessing/30_resample.ipynb #369dfcd2
 import math
 from functools import lru_cache
 from itertools import permutations
 import numpy as np
 from scipy import ndimage
-from ..core.errors import DataError
+from ..core.errors import InputError
 
-# %% ../../nbs/preprocessing/30_resample.ipynb #a0179ff9
+# %% ../../nbs/preprocessing/30_resample.ipynb #44079ebc
 def resampled_shape(
     shape, # voxels, (z,y,x)
     spacing, # mm, (z,y,x)
@@ -21,23 +21,27 @@ def resampled_shape(
 ) -> tuple: # voxels, (z,y,x)
     "How many voxels a scan has at another spacing"
     bad = [float(s) for s in (*spacing, *new_spacing) if not 0 < s < math.inf]
-    if bad: raise DataError(f'a spacing must be a positive number of mm, this one is {bad[0]}; repair the header of the file')
-    return tuple(max(1, math.floor(n*s/t + .5)) for n, s, t in zip(shape, spacing, new_spacing))
+    if bad:
+        raise InputError('spacing', f'it is {bad[0]} mm, and has to be positive',
+                         'repair the header of the file', 'spacing')
+    return tuple(max(1, math.floor(n * s / t + .5)) for n, s, t in zip(shape, spacing, new_spacing))
 
-# %% ../../nbs/preprocessing/30_resample.ipynb #0e863dad
+# %% ../../nbs/preprocessing/30_resample.ipynb #e9f39be0
 @lru_cache(maxsize=64)
 def spline_operator(
     n_in, # voxels along the axis
     n_out, # voxels it shall have
     order=3, # 3 for images; 1, linear, for probabilities
-): # float32 (n_out, n_in)
+) -> np.ndarray: # float32 (n_out, n_in)
     "The matrix that resamples one axis"
-    if order not in (1, 3): raise DataError(f'order must be 1 or 3, not {order}')
-    m = ndimage.zoom(np.eye(n_in), (n_out/n_in, 1), order=order, mode='nearest', grid_mode=True).astype(np.float32)
+    if order not in (1, 3):
+        raise InputError(f'order {order}', 'this spline is not known here', 'use 3 for images or 1 for probabilities')
+    zoom = n_out / n_in, 1
+    m = ndimage.zoom(np.eye(n_in), zoom, order=order, mode='nearest', grid_mode=True).astype(np.float32)
     m.flags.writeable = False # it is shared by all who ask for it
     return m
 
-# %% ../../nbs/preprocessing/30_resample.ipynb #bc1688f5
+# %% ../../nbs/preprocessing/30_resample.ipynb #65e6c253
 _BLOCK = 16 # rows of the operator that are multiplied at once
 _TINY = 1e-7 # weights below this are lost in float32 beside those near 1
 
@@ -46,12 +50,13 @@ def _bands(n_in, n_out, order):
     "The operator as blocks of rows, each without the columns that are zero: (rows, columns, weights)"
     m, blocks = spline_operator(n_in, n_out, order), []
     for i in range(0, n_out, _BLOCK):
-        used = np.flatnonzero((np.abs(m[i:i+_BLOCK]) > _TINY).any(0))
-        cols = slice(used[0], used[-1] + 1)
-        blocks.append((slice(i, min(i + _BLOCK, n_out)), cols, np.ascontiguousarray(m[i:i+_BLOCK, cols])))
+        rows = slice(i, min(i + _BLOCK, n_out))
+        used = np.flatnonzero((np.abs(m[rows]) > _TINY).any(0))
+        columns = slice(used[0], used[-1] + 1)
+        blocks.append((rows, columns, np.ascontiguousarray(m[rows, columns])))
     return blocks
 
-# %% ../../nbs/preprocessing/30_resample.ipynb #2540865d
+# %% ../../nbs/preprocessing/30_resample.ipynb #24222db0
 def _resample_axis(
     x, # float32
     axis, # which one changes
@@ -59,9 +64,10 @@ def _resample_axis(
     order, # of the spline
 ):
     "Resample one axis"
-    out = np.empty((*x.shape[:axis], n, *x.shape[axis+1:]), np.float32)
+    out = np.empty((*x.shape[:axis], n, *x.shape[axis + 1:]), np.float32)
     old, new = x.swapaxes(axis, -2), out.swapaxes(axis, -2)
-    for rows, cols, w in _bands(x.shape[axis], n, order): np.matmul(w, old[..., cols, :], out=new[..., rows, :])
+    for rows, columns, weights in _bands(x.shape[axis], n, order):
+        np.matmul(weights, old[..., columns, :], out=new[..., rows, :])
     return out
 
 # %% ../../nbs/preprocessing/30_resample.ipynb #2b04e1a2
@@ -78,29 +84,36 @@ def _cheapest(
         return total
     return min(permutations(a for a in range(3) if old[a] != new[a]), key=written)
 
-# %% ../../nbs/preprocessing/30_resample.ipynb #7d64f37f
+# %% ../../nbs/preprocessing/30_resample.ipynb #2b58d24e
+def _check_shape(shape):
+    "InputError if a volume cannot have this shape"
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f'shape {tuple(shape)}', 'no volume can be resampled to it', 'give three sizes of at least 1')
+
 def resample(
     x, # image (c,z,y,x) or (z,y,x)
     shape, # voxels it shall have, (z,y,x)
     order=3, # 3 for images; 1, linear, for probabilities
-): # float32; `x` itself where it has this shape and type already
+) -> np.ndarray: # float32; `x` itself if it has this shape and type already
     "Resample an image with a spline, one axis after the other (Preprocessing, Resampling)"
-    if len(shape) != 3 or min(shape) < 1: raise DataError(f'an image is resampled to three sizes of at least 1, not to {tuple(shape)}')
+    _check_shape(shape)
     x = np.asarray(x, np.float32)
-    for a in _cheapest(x.shape[-3:], shape): x = _resample_axis(x, x.ndim - 3 + a, shape[a], order)
+    for axis in _cheapest(x.shape[-3:], shape):
+        x = _resample_axis(x, x.ndim - 3 + axis, shape[axis], order)
     return x
 
-# %% ../../nbs/preprocessing/30_resample.ipynb #14efb074
+# %% ../../nbs/preprocessing/30_resample.ipynb #875b382e
 def _nearest(n_in, n_out):
     "For each new voxel along an axis, the old one in which its middle lies"
-    return (2*np.arange(n_out) + 1)*n_in//(2*n_out)
+    return (2 * np.arange(n_out) + 1) * n_in // (2 * n_out)
 
 def resample_labels(
     y, # mask (z,y,x)
     shape, # voxels it shall have, (z,y,x)
-): # same type as `y`
+) -> np.ndarray: # same type as `y`
     "Resample a mask: each voxel takes the nearest one's class (Preprocessing, Resampling)"
-    if len(shape) != 3 or min(shape) < 1: raise DataError(f'a mask is resampled to three sizes of at least 1, not to {tuple(shape)}')
+    _check_shape(shape)
     y = np.asarray(y)
-    for a in _cheapest(y.shape, shape): y = y.take(_nearest(y.shape[a], shape[a]), a)
+    for axis in _cheapest(y.shape, shape):
+        y = y.take(_nearest(y.shape[axis], shape[axis]), axis)
     return y

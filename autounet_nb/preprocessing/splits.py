@@ -14,7 +14,7 @@ import numpy as np
 from ..core.errors import DataError
 from ..core.files import read_json, write_json
 from ..core.text import first_of
-from .preprocess import PreprocessedCase
+from .store import PreprocessedCase
 
 # %% ../../nbs/preprocessing/32_splits.ipynb #ba4a9213
 def _rarities(groups, classes):
@@ -148,7 +148,7 @@ def _classes_at_hand(work, ids):
     "id → classes in its mask, from the preprocessed cases; None where not all are there"
     for folder in sorted((Path(work)/'prep').glob('*')):
         if not all((folder/f'{i}.json').exists() for i in ids): continue
-        try: return {i: set(PreprocessedCase(folder, i).points) for i in ids}
+        try: return {i: set(PreprocessedCase(folder, i).class_locations) for i in ids}
         except (OSError, ValueError, BadZipFile) as e: raise DataError(f'{folder}: what is preprocessed there is damaged ({e}); delete the folder and preprocess again.') from None
 
 def _asked_splits(work, ids, k, seed, patients, own):

@@ -15,7 +15,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from ..core.errors import InputError
 from ..core.distributed import rank_and_size
-from ..preprocessing.preprocess import read_patch
+from ..preprocessing.store import read_patch
 
 # %% ../../nbs/training/55_patches.ipynb #12f159ac
 def patch_start(

@@ -20,7 +20,7 @@ from ..core.work import Fold, Work
 from ..data.cases import Dataset
 from ..planning.config import ModelConfig
 from ..planning.plan import Plan
-from ..preprocessing.preprocess import PreprocessedCase
+from ..preprocessing.store import PreprocessedCase
 from ..preprocessing.splits import check_fold, work_splits
 from .learner import fit_learner, get_learner, unwrap
 from .patches import patch_dls

@@ -14,7 +14,9 @@ from autounet_nb.data.phantom import make_phantoms, phantom
 from autounet_nb.planning.plan import Plan
 from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
-from autounet_nb.preprocessing.preprocess import PreprocessedCase, normalize, preprocess, preprocess_case
+from autounet_nb.preprocessing.preprocess import preprocess, preprocess_case
+from autounet_nb.preprocessing.normalization import normalize
+from autounet_nb.preprocessing.store import PreprocessedCase
 from autounet_nb.preprocessing.resample import resample
 
 ZSCORE, INSIDE = dict(scheme='zscore', inside_nonzero=False), dict(scheme='zscore', inside_nonzero=True)
@@ -97,9 +99,9 @@ def test_the_input_is_left_alone():
     assert (a == image).all() and (b == label).all()
 
 @pytest.mark.parametrize('image,label,message', [
-    (np.full((1, 4, 4, 4), np.inf, np.float32), None, '64 of 64 voxels'), (np.ones((2, 4, 4, 4), np.float32), None, '1 channels'),
-    (np.ones((4, 4, 4), np.float32), None, '1 channels'), (np.ones((1, 4, 4, 4), np.float32), np.ones((4, 4, 5), int), 'mask has shape'),
-    (np.ones((1, 4, 4, 4), np.float32), np.full((4, 4, 4), 3), 'value 3'), (np.ones((1, 4, 4, 4), np.float32), np.full((4, 4, 4), -1), 'value -1')])
+    (np.full((1, 4, 4, 4), np.inf, np.float32), None, 'image: 64 of 64 voxels'), (np.ones((2, 4, 4, 4), np.float32), None, '1 channels'),
+    (np.ones((4, 4, 4), np.float32), None, '1 channels'), (np.ones((1, 4, 4, 4), np.float32), np.ones((4, 4, 5), int), 'mask: it has shape'),
+    (np.ones((1, 4, 4, 4), np.float32), np.full((4, 4, 4), 3), 'mask: it holds the value 3, '), (np.ones((1, 4, 4, 4), np.float32), np.full((4, 4, 4), -1), 'mask: it holds the value -1, ')])
 def test_what_does_not_fit_the_plan_is_refused(image, label, message):
     with pytest.raises(InputError, match=message): preprocess_case(image, (1, 1, 1), a_plan(), (1, 1, 1), label)
 
@@ -114,15 +116,15 @@ def test_files_hold_what_preprocess_case_gives(dataset, plan, tmp_path, workers)
         x, y, meta = preprocess_case(s.image, s.geometry.spacing, plan, plan.models['3d'].spacing, s.label)
         assert (p.image[:] == x).all() and (p.label[:] == y).all()
         assert {k: p.meta[k] for k in meta} == meta and p.geometry == s.geometry
-        assert sorted(p.points) == [1, 2]
-        for k, v in p.points.items():
+        assert sorted(p.class_locations) == [1, 2]
+        for k, v in p.class_locations.items():
             assert (y[tuple(v.T)] == k).all() and len(np.unique(v, axis=0)) == min(2000, (y == k).sum())
         assert (pickle.loads(pickle.dumps(p)).image[0, 3:5] == x[0, 3:5]).all()
 
-def test_points_of_large_classes_are_2000_all_over_the_class_and_always_the_same(tmp_path):
+def test_locations_of_large_classes_are_2000_all_over_the_class_and_always_the_same(tmp_path):
     ds = make_phantoms(tmp_path/'data', n=2, shape=(40, 64, 56), seed=0)
     plan = plan_of(ds)
-    a, b = [[c.points[1] for c in preprocess(ds, plan, tmp_path/w, workers=1)] for w in 'ab']
+    a, b = [[c.class_locations[1] for c in preprocess(ds, plan, tmp_path/w, workers=1)] for w in 'ab']
     for p, q, case in zip(a, b, preprocess(ds, plan, tmp_path/'a', workers=1)):
         assert len(p) == 2000 and (p == q).all()
         where = np.argwhere(case.label[:] == 1)
@@ -150,8 +152,8 @@ def test_both_stages_of_a_cascade(tmp_path):
 
 def test_nothing_is_unpickled(dataset, plan, tmp_path):
     case = preprocess(dataset, plan, tmp_path, workers=1)[0]
-    np.savez(case.folder/f'{case.id}_points.npz', **{'1': np.array([{'any': 'object'}], object)})
-    with pytest.raises(ValueError, match='allow_pickle'): PreprocessedCase(case.folder, case.id).points[1]
+    np.savez(case.locations_file, **{'1': np.array([{'any': 'object'}], object)})
+    with pytest.raises(ValueError, match='allow_pickle'): PreprocessedCase(case.folder, case.id).class_locations[1]
 
 # again, changed, killed, bad
 
@@ -187,24 +189,25 @@ def test_a_lost_file_is_made_again(dataset, plan, tmp_path, lost):
     cases = preprocess(dataset, plan, tmp_path, workers=1); x, y = cases[2].image[:], cases[2].label[:]
     (cases[2].folder/f'{cases[2].id}{lost}').unlink()
     case = preprocess(dataset, plan, tmp_path, workers=1)[2]
-    assert (case.image[:] == x).all() and (case.label[:] == y).all() and case.points and case.meta
+    assert (case.image[:] == x).all() and (case.label[:] == y).all() and case.class_locations and case.meta
 
 KILLED = '''
 import os, signal, sys, blosc2
 import autounet_nb.preprocessing.preprocess as p
+import autounet_nb.preprocessing.store as store
 from autounet_nb.data.cases import Dataset
 from autounet_nb.planning.plan import Plan
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-asarray, points, calls = blosc2.asarray, p._points, []
+asarray, locations, calls = blosc2.asarray, store.class_locations, []
 def half(x, urlpath, **kw):
     asarray(x, urlpath=urlpath, **kw)
     calls.append(urlpath)
     if len(calls) == 4: # the mask of the second case
         with open(urlpath, 'r+b') as f: f.truncate(os.path.getsize(urlpath)//2)
         kill()
-def late(y, id): return points(y, id) if id.endswith('1') else kill()
+def late(y, id): return locations(y, id) if id.endswith('1') else kill()
 if sys.argv[2] == 'half': blosc2.asarray = half
-else: p._points = late
+else: store.class_locations = late
 p.preprocess(Dataset.load(sys.argv[1] + '/dataset.json'), Plan.load(sys.argv[1] + '/plan.json'), sys.argv[1], workers=1)
 '''
 
@@ -241,7 +244,7 @@ def test_bad_cases_are_named_and_the_others_done(tmp_path, workers):
     Path(ds[4].label).unlink()
     with pytest.raises(InputError) as e: preprocess(ds, plan, tmp_path, workers=workers)
     text = str(e.value)
-    assert '3 of 5' in text and 'case phantom_003: the mask holds the value 17, the plan knows 0, 1, 2' in text
+    assert '3 of 5' in text and 'case phantom_003: mask: it holds the value 17, the plan knows 0, 1, 2' in text
     assert [f'case {c.id}: ' in text for c in ds] == [True, False, True, False, True] and text.count('case phantom') == 3
     assert {p.stem for p in (tmp_path/'prep'/'full').glob('*.json')} == {ds[1].id, ds[3].id}
     before = times(tmp_path)
@@ -260,7 +263,7 @@ def test_errors_that_are_nobodys_data_are_named_too(dataset, plan, tmp_path, mon
     assert len(list((tmp_path/'prep'/'full').glob('*.json'))) == 2
 
 def test_a_stage_that_the_plan_lacks_and_a_case_that_is_not_there(dataset, plan, tmp_path):
-    with pytest.raises(InputError, match="stage 'lowres'"): preprocess(dataset, plan, tmp_path, 'lowres', workers=1)
+    with pytest.raises(InputError, match="stage 'lowres': the plan has no model that sees it; choose from full"): preprocess(dataset, plan, tmp_path, 'lowres', workers=1)
     with pytest.raises(InputError, match='nobody'): assert PreprocessedCase(tmp_path, 'nobody').image
     with pytest.raises(InputError, match='nobody'): assert PreprocessedCase(tmp_path, 'nobody').meta
 
@@ -299,6 +302,6 @@ def test_real_data(tmp_path, name):
     spacing = np.median([spacing_of(c) for c in ds], axis=0).tolist()
     ds = replace(ds, cases=tuple(list(ds)[::max(1, len(ds)//4)][:4]))
     plan = plan_of(ds)
-    for c in preprocess(ds, plan, tmp_path, workers=1): assert np.isfinite(c.image[:]).all() and c.points
+    for c in preprocess(ds, plan, tmp_path, workers=1): assert np.isfinite(c.image[:]).all() and c.class_locations
     dice = [there_and_back(read_case(c), plan, spacing) for c in ds]
     assert np.nanmean(dice, 0).min() > .95, dice

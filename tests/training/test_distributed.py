@@ -13,7 +13,7 @@ from autounet_nb.training.patches import patch_dls
 from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.planning.plan import Plan
 from autounet_nb.planning.planner import make_plan
-from autounet_nb.preprocessing.preprocess import PreprocessedCase, write_array
+from autounet_nb.preprocessing.store import PreprocessedCase, write_array
 from autounet_nb.app.run import prepare
 from autounet_nb.training.log import read_history
 from autounet_nb.training.schedule import Budget

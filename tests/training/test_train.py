@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from autounet_nb.core.errors import InputError
 from autounet_nb.planning.fingerprint import extract_fingerprint
-from autounet_nb.preprocessing.preprocess import read_patch
+from autounet_nb.preprocessing.store import read_patch
 from autounet_nb.training.patches import PatchDataset, forced_foreground, patch_start
 from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.planning.planner import make_plan
