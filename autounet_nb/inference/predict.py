@@ -67,7 +67,7 @@ def _array(image, spacing):
         raise InputError('the scan', problem, 'give the axes (z,y,x) or (c,z,y,x), and three spacings in mm')
     return x.reshape(-1, *x.shape[-3:]), mm
 
-# %% ../../nbs/inference/65_predict.ipynb #0b8594f0
+# %% ../../nbs/inference/65_predict.ipynb #5bdadf54
 def _failure(case, error):
     "A sentence for a scan that failed"
     place = f'case {case.id}'
@@ -147,7 +147,9 @@ class Predictor:
         "The place of a scan, and what the networks see of it"
         if isinstance(scan, tuple) and not isinstance(scan, Case):
             return None, prepare_scan(*_array(*scan), self.ensemble)
-        case, = self._cases([scan])[:1]
+        case = scan
+        if not isinstance(scan, Case):
+            case = self._cases(scan)[0]
         _, image, _, geometry = read_case(case, label=False)
         return geometry, prepare_scan(image, geometry.spacing, self.ensemble)
 

@@ -78,7 +78,7 @@ class PatchDataset:
             self.size.insert(config.slice_axis, 1)
         self.holders = {} # class → cases that contain it
         for i, c in enumerate(self.cases):
-            for k in c.points:
+            for k in c.class_locations:
                 self.holders.setdefault(k, []).append(i)
         self.classes = sorted(self.holders)
 
@@ -104,7 +104,7 @@ class PatchDataset:
         if self.classes and is_forced(i, self.config.batch_size):
             k = self.classes[rng.integers(len(self.classes))]
             case = self.holders[k][rng.integers(len(self.holders[k]))]
-            voxel = self.cases[case].points[k][rng.integers(len(self.cases[case].points[k]))]
+            voxel = self.cases[case].class_locations[k][rng.integers(len(self.cases[case].class_locations[k]))]
         else:
             case = int(rng.integers(len(self.cases)))
         start = patch_start(self.cases[case].label.shape, self.size, rng, voxel)

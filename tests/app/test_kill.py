@@ -11,7 +11,7 @@ from autounet_nb.planning.fingerprint import extract_fingerprint
 from autounet_nb.training.patches import patch_dls
 from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.planning.planner import make_plan
-from autounet_nb.preprocessing.preprocess import _prepare, preprocess
+from autounet_nb.preprocessing.preprocess import preprocess, preprocess_and_store
 from autounet_nb.training.schedule import PaperSchedule
 from autounet_nb.training.learner import fit_learner, get_learner
 
@@ -153,8 +153,8 @@ def test_a_case_that_kills_its_process_is_named_and_the_others_are_done(tmp_path
     plan = make_plan(extract_fingerprint(data, tmp_path, workers=1), 'cpu')
     def prepare_or_die(case, **kw): # a function in a function is sent to the workers as it is
         if case.id.endswith('2'): os.kill(os.getpid(), signal.SIGKILL)
-        return _prepare(case, **kw)
-    monkeypatch.setattr('autounet_nb.preprocessing.preprocess._prepare', prepare_or_die)
+        return preprocess_and_store(case, **kw)
+    monkeypatch.setattr('autounet_nb.preprocessing.preprocess.preprocess_and_store', prepare_or_die)
     with pytest.raises(InputError, match='1 of 5 cases .*\ncase phantom_002: its process was killed .SIGKILL') as e: preprocess(data, plan, tmp_path, workers=2)
     assert str(e.value).count('case phantom') == 1
     assert {f.stem for f in (tmp_path/'prep'/'full').glob('*.json')} == {c.id for c in data if c.id != 'phantom_002'}
