@@ -22,7 +22,7 @@ from .prices import Price, PriceList, load_prices, offers, save_prices
 from .scores import mean_of_known
 from .whole_scans import dice_of_classes
 
-# %% ../../nbs/evaluation/78_pricing.ipynb #4f73863d
+# %% ../../nbs/evaluation/78_pricing.ipynb #577c2379
 def count_looks(
     options, # `InferenceOptions`
     models, # list of (network, ModelConfig)
@@ -36,20 +36,21 @@ def count_looks(
         res += images * count_windows(shape, window, options.overlap)
     return res
 
-# %% ../../nbs/evaluation/78_pricing.ipynb #295c6207
+# %% ../../nbs/evaluation/78_pricing.ipynb #5333eedf
 PRICED_SCANS = 5 # validation cases that are measured at most
-
-class _Look(NamedTuple):
-    "One scan, segmented in one way"
-    seconds: float
-    dice: float # mean of the classes; None where no class is anywhere
-    voxels: int # of the scan at the spacing of the models
 
 def _priced_cases(work, models):
     "(fold, case id) of validation cases, from all folds in turn"
     folds = sorted(set.intersection(*(set(scored_folds(work, m)) for m in models)))
     each = [[(k, i) for i in validation_order(validation_ids(work, k))] for k in folds]
     return [c for row in zip_longest(*each) for c in row if c][:PRICED_SCANS]
+
+# %% ../../nbs/evaluation/78_pricing.ipynb #8cec102e
+class _Look(NamedTuple):
+    "One scan, segmented in one way"
+    seconds: float
+    dice: float # mean of the classes; None where no class is anywhere
+    voxels: int # of the scan at the spacing of the models
 
 def _look(predictor, options, scan):
     "Segment a scan in one way"
@@ -71,6 +72,7 @@ def _looks(predictor, tried, case):
     looks = [_look(predictor, o, scan) for o in tried]
     return [look._replace(seconds=reading + look.seconds) for look in looks]
 
+# %% ../../nbs/evaluation/78_pricing.ipynb #23a76c5e
 def _affordable(predictor, tried, case, until):
     "How many scans can be measured until a time (`time.monotonic`), as one quick look tells"
     scan, models = read_case(case), predictor.ensemble.models
@@ -79,6 +81,7 @@ def _affordable(predictor, tried, case, until):
     seconds = _look(predictor, tried[-2], scan).seconds * sum(windows) / windows[-2] # of all ways together
     return int(max(0, min(PRICED_SCANS, (until - time.monotonic()) / seconds)))
 
+# %% ../../nbs/evaluation/78_pricing.ipynb #f2697aaf
 def _known_prices(work, models, key):
     "The stored list, if it was measured with these weights and cases"
     if not work.prices_file.exists():
