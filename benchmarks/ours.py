@@ -160,7 +160,7 @@ def _untrained(work, shape, classes, patch):
     "A work folder with a plan for CTs of this shape, and a small network that has learnt nothing"
     import torch
     from autounet_nb.core.files import write_json
-    from autounet_nb.planning.plan import make_plan
+    from autounet_nb.planning.planner import make_plan
     from autounet_nb.planning.rules import sketch_fingerprint
     from autounet_nb.training.weights import save_tensors
     from autounet_nb.training.unet import build_unet

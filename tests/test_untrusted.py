@@ -6,13 +6,14 @@ from autounet_nb.core.errors import InputError
 from autounet_nb.core import records
 from autounet_nb.data import cases
 from autounet_nb.planning import rules
-from autounet_nb.planning.what_if import diff, planned_values
+from autounet_nb.planning.planner import diff, planned_values
 from autounet_nb.core.files import read_json, write_json
 from autounet_nb.data.cases import Case, Dataset
 from autounet_nb.planning.fingerprint import Fingerprint
 from autounet_nb.planning.memory import count_weights, training_memory
 from autounet_nb.planning.config import ModelConfig
-from autounet_nb.planning.plan import Plan, make_plan
+from autounet_nb.planning.plan import Plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.core.text import shape_text
 from autounet_nb.planning.rules import Patch, _scaled, fit_patch, pad_to_pools, pooling, sketch_fingerprint
 

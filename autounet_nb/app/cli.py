@@ -79,8 +79,9 @@ def fingerprint_command(a):
 def plan_command(a):
     "Decide everything from a fingerprint, and say why"
     from autounet_nb.planning.fingerprint import Fingerprint
-    from autounet_nb.planning.plan import make_plan
-    from autounet_nb.planning.what_if import diff, explain, replan
+    from autounet_nb.planning.planner import make_plan
+    from autounet_nb.planning.planner import diff, replan
+    from autounet_nb.planning.what_if import explain
     source = Path(a.fingerprint)
     fp = Fingerprint.load(source/'fingerprint.json' if source.is_dir() else source)
     out = Path(a.output) if a.output else source/'plan.json' if source.is_dir() else None

@@ -19,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from ..core.errors import DataError, InputError
 from .. import __version__
-from ..planning.plan import _cell, _edited, _table as _plan_table
+from ..planning.design import setting_text
+from ..planning.plan import value_text, edits_text, plan_rows
 from ..viz.dataset import _color, _panel
 from ..core.files import atomic, read_json
 from ..core.text import bytes_text, shape_text, time_text
@@ -261,9 +262,9 @@ def _commands(found):
     splits = found.read('splits.json')
     if splits and any(s.get('by') for s in splits): options['splits'] = str(found.work/'splits.json')
     lines = [['run', data[0], work, *data[1:], *(str(w) for k, v in options.items() if v is not None for w in (f'--{k}', v))]]
-    if plan.edits: lines = [['fingerprint', data[0], work, *data[1:]], ['plan', work, '--hardware', plan.hardware, *(w for e in _edited(plan.edits)[len('set by hand: '):].split(', ') for w in ('--set', e))], *lines]
+    if plan.edits: lines = [['fingerprint', data[0], work, *data[1:]], ['plan', work, '--hardware', plan.hardware, *(w for k, v in plan.edits.items() for w in ('--set', setting_text(k, v)))], *lines]
     said = [lost, 'The minutes are those of a clock: a faster machine gets further in them. The same number of --steps gives the same result anywhere.' * bool(asked.get('minutes'))]
-    said += [f'plan.json was changed in an editor: copy it into the new folder first.'] * (not Plan.untouched(found.work/'plan.json'))
+    said += [f'plan.json was changed in an editor: copy it into the new folder first.'] * Plan.is_edited(found.work/'plan.json')
     return [shlex.join(['autounet', *l]) for l in lines], [s for s in said if s]
 
 # %% ../../nbs/app/83_report.ipynb #65344065
@@ -318,20 +319,20 @@ def _plan(found):
     "Every decision and its reason"
     plan = found.plan
     if not plan: return [_p('Nothing has been planned yet.', 'note')]
-    head, *rows = _plan_table(plan.models)
-    by_hand = [_p(_edited(plan.edits).capitalize() + '. Everything else follows from the data.')] if plan.edits else [_p('Nothing was set by hand: everything follows from the data.')]
-    if not Plan.untouched(found.work/'plan.json'): by_hand.append(_p('The file was changed in an editor after it was made; its reasons may be those of the values before.', 'note'))
+    head, *rows = plan_rows(plan.models)
+    by_hand = [_p(edits_text(plan.edits).capitalize() + '. Everything else follows from the data.')] if plan.edits else [_p('Nothing was set by hand: everything follows from the data.')]
+    if Plan.is_edited(found.work/'plan.json'): by_hand.append(_p('The file was changed in an editor after it was made; its reasons may be those of the values before.', 'note'))
     out = [*by_hand, _table(head, rows), _figure(plot_patch(plan), 'What one network sees at a time, its patch, on the median case, to scale, in three planes.')]
     return out + [_details('Why: decisions for all models', _reasons(plan, ''))] + [_details(f'Why: {m}, and its network', _reasons(plan, m), _figure(plot_unet(c), f'The network of {m}.')) for m, c in plan.models.items()]
 
 def _value_text(field, v):
     "A value of a plan in a cell; that of the normalisation is told by its reason"
     if isinstance(v, tuple) and v and isinstance(v[0], tuple): return ' · '.join(map(shape_text, v))
-    return _cell(field, v) if isinstance(v, (tuple, int, float, str)) else ''
+    return value_text(field, v) if isinstance(v, (tuple, int, float, str)) else ''
 
 def _reasons(plan, model):
     "A row per decision: value, reason, rule"
-    rows = [(key.rpartition('.')[2].replace('_', ' '), _value_text(key.rpartition('.')[2], next(iter(plan.models.values())).spacing if key == 'spacing' else plan._value(key)), _Html('<br>'.join(map(escape, [r['because'], *(f'tried: {t}' for t in r['tried'])]))), r['rule'])
+    rows = [(key.rpartition('.')[2].replace('_', ' '), _value_text(key.rpartition('.')[2], plan.value(key)), _Html('<br>'.join(map(escape, [r['because'], *(f'tried: {t}' for t in r['tried'])]))), r['rule'])
             for key, r in plan.reasons.items() if key.rpartition('.')[0] == model]
     return _table(['', 'value', 'because', 'rule'], rows)
 

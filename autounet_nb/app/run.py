@@ -21,7 +21,7 @@ from ..data.images import read_label
 from ..data.phantom import make_phantoms, show_case
 from ..planning.fingerprint import Fingerprint, extract_fingerprint
 from ..planning.plan import Plan
-from ..planning.what_if import replan
+from ..planning.planner import replan
 from ..preprocessing.preprocess import preprocess, sources_of
 from ..preprocessing.splits import check_fold, read_patients, read_splits, work_splits
 from ..training.train import finished_training, preprocessed_cases, train_fold

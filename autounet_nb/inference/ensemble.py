@@ -202,7 +202,7 @@ def _networks(work, plan, name, folds, device):
     "(network, ModelConfig) of each fold of a model"
     res, channels = [load_model(work, name, k, device) for k in folds], len(plan.modalities)
     for k, (net, c) in zip(folds, res):
-        if net.reading and net.reading != json.loads(json.dumps(plan.reading)): raise DataError(f'{work}: model {name}, fold {k} was trained with another normalisation or other classes than plan.json says now; train it again, or bring back the plan')
+        if net.reading and net.reading != json.loads(json.dumps(plan.intensity_properties)): raise DataError(f'{work}: model {name}, fold {k} was trained with another normalisation or other classes than plan.json says now; train it again, or bring back the plan')
         wanted = channels + (len(plan.label_values) - 1) * (name == '3d_cascade')
         if c.name != name or c.in_channels != wanted: raise DataError(f'{work}: model {name}, fold {k} is a {c.name} network for {c.in_channels} channels, the plan makes {wanted}; train it again, or bring back the plan')
         net.to(memory_format=channels_last(c.dim))

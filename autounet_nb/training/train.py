@@ -273,7 +273,7 @@ def train_fold(
     if minutes is not None and device == 'cpu': config = small_batches(config, max(processes, rank_and_size()[1]))
     split = check_fold(work_splits(work, _case_ids(work, config), seed=seed), fold)
     train, valid = (preprocessed_cases(work, config, split[k]) for k in ('train', 'valid'))
-    recipe = json.loads(json.dumps(dict(config=config.__dict__, split=split, data=data_key(train + valid), reading=plan.reading, clock=minutes is not None, steps=steps, seed=seed,
+    recipe = json.loads(json.dumps(dict(config=config.__dict__, split=split, data=data_key(train + valid), reading=plan.intensity_properties, clock=minutes is not None, steps=steps, seed=seed,
                                         own=[str(o) for o in (net, loss) if o is not None])))
     before = finished_training(folder)
     same = before and before.get('recipe') == recipe

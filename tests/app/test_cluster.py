@@ -4,7 +4,7 @@ import pytest
 pytest.importorskip('distributed', reason='distributed is not installed: pip install autounet_nb[cluster]')
 pytest.importorskip('cryptography', reason='cryptography is not installed: pip install autounet_nb[cluster]')
 from autounet_nb.core.errors import InputError
-from autounet_nb.planning.what_if import replan
+from autounet_nb.planning.planner import replan
 from autounet_nb.app.cluster import cluster_client, run_trainings
 from autounet_nb.core.executor import pmap
 from autounet_nb.data.cases import Dataset

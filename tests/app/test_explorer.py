@@ -13,7 +13,8 @@ import autounet_nb.planning.plan
 from autounet_nb.core.errors import InputError
 from autounet_nb.app.choices import Choices
 from autounet_nb.app.explorer import PlanExplorer
-from autounet_nb.planning.plan import Plan, make_plan
+from autounet_nb.planning.plan import Plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
 
 def abdomen(): return sketch_fingerprint((96, 320, 280), (2.5, .8, .8), n=120, modalities=('T1', 'T2'), classes=2, name='Abdomen')

@@ -10,7 +10,7 @@ from autounet_nb.data.images import read_label
 from autounet_nb.planning.fingerprint import extract_fingerprint
 from autounet_nb.training.patches import patch_dls
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.preprocessing.preprocess import _prepare, preprocess
 from autounet_nb.training.schedule import PaperSchedule
 from autounet_nb.training.train import fit_learner, get_learner

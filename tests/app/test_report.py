@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import pytest
 from autounet_nb.core.errors import InputError
 from autounet_nb.core.files import write_json
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
 from autounet_nb.app.report import report
 

@@ -5,7 +5,7 @@ from autounet_nb.inference.ensemble import too_short
 from autounet_nb.planning.fingerprint import extract_fingerprint
 from autounet_nb.training.patches import PatchDataset, is_forced
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.preprocessing.preprocess import preprocess
 from autounet_nb.training.schedule import read_history
 from autounet_nb.training.train import small_batches, train_fold

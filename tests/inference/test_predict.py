@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from autounet_nb.core.errors import InputError
 from autounet_nb.core.files import read_json, write_json
 from autounet_nb.data.images import read_image, read_label
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
 from autounet_nb.inference.ensemble import InferenceOptions
 from autounet_nb.inference.predict import Predictor, predict, segment

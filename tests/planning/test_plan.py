@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from autounet_nb.core.errors import InputError
 from autounet_nb.planning.memory import training_memory
-from autounet_nb.planning.plan import Plan, make_plan
+from autounet_nb.planning.plan import Plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import HARDWARE, MAX_FEATURES, MAX_POOLS, MIN_BATCH, lowres, needs_cascade, pooling, sketch_fingerprint
 
 REFERENCE = [ # dataset, median shape, spacing, cases, median shape of the first stage

@@ -3,10 +3,11 @@ import math, re
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from autounet_nb.core.errors import InputError
-from autounet_nb.planning.what_if import diff, explain, planned_values, with_one_changed, what_if
+from autounet_nb.planning.planner import diff, planned_values
+from autounet_nb.planning.what_if import explain, with_one_changed, what_if
 from autounet_nb.planning.memory import count_weights, training_memory
 from autounet_nb.planning.design import dataset_statistics
-from autounet_nb.planning.plan import decide, make_plan
+from autounet_nb.planning.planner import decide, make_plan
 from autounet_nb.planning.rules import read_hardware, sketch_fingerprint
 from autounet_nb.planning.settings import read_edits
 from autounet_nb.training.unet import build_unet

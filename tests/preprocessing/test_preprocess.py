@@ -10,7 +10,8 @@ from autounet_nb.data.find import scan
 from autounet_nb.data.images import write_like
 from autounet_nb.planning.fingerprint import extract_fingerprint, nonzero_mask
 from autounet_nb.data.phantom import make_phantoms, phantom
-from autounet_nb.planning.plan import Plan, make_plan
+from autounet_nb.planning.plan import Plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
 from autounet_nb.preprocessing.preprocess import PreprocessedCase, normalize, preprocess, preprocess_case
 from autounet_nb.preprocessing.resample import resample

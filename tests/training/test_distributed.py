@@ -11,7 +11,8 @@ from autounet_nb.data.find import scan
 from autounet_nb.planning.fingerprint import Fingerprint
 from autounet_nb.training.patches import patch_dls
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.planning.plan import Plan, make_plan
+from autounet_nb.planning.plan import Plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.preprocessing.preprocess import PreprocessedCase, write_array
 from autounet_nb.app.run import prepare
 from autounet_nb.training.schedule import Budget, read_history

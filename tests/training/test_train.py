@@ -7,7 +7,7 @@ from autounet_nb.planning.fingerprint import extract_fingerprint
 from autounet_nb.preprocessing.preprocess import read_patch
 from autounet_nb.training.patches import PatchDataset, forced_foreground, patch_start
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.preprocessing.preprocess import preprocess
 from autounet_nb.training.schedule import PaperSchedule, one_cycle
 from autounet_nb.training.train import small_batches, train_fold

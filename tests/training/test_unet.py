@@ -3,7 +3,7 @@ import pytest, torch
 from torch import nn
 from hypothesis import given, settings, strategies as st
 from autounet_nb.core.errors import InputError
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import sketch_fingerprint
 from autounet_nb.training.unet import UNet, build_unet
 

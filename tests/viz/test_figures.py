@@ -13,7 +13,7 @@ from autounet_nb.viz.dataset import gray_window
 from autounet_nb.data.phantom import make_phantoms
 from autounet_nb.core.text import shape_text
 from autounet_nb.planning.memory import training_memory
-from autounet_nb.planning.plan import make_plan
+from autounet_nb.planning.planner import make_plan
 from autounet_nb.planning.rules import HARDWARE, coarsest_axis, sketch_fingerprint
 
 KINDS = dict(
