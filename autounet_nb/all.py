@@ -18,7 +18,9 @@ from .planning.memory import *
 from .planning.config import *
 from .planning.settings import *
 from .planning.design import *
+from .planning.reasons import *
 from .planning.plan import *
+from .planning.planner import *
 from .planning.what_if import *
 from .preprocessing.resample import *
 from .preprocessing.normalization import *
@@ -54,4 +56,5 @@ from .app.cluster import *
 from .app.report import *
 from .app.run import *
 from .app.choices import *
+from .app.explorer_parts import *
 from .app.explorer import *

@@ -130,7 +130,7 @@ def test_a_changed_dataset_is_read_or_refused(tmp_path, d):
 
 @pytest.mark.parametrize('change,words', [
     (dict(modalities=5), 'modalities is 5'), (dict(label_values=[0, -5]), 'label_values[1] is -5'), (dict(label_values=[0, 2, 1]), 'label_values are'), (dict(labels={'background': 0, 'a': 1, 'b': 1}), 'values of their own'),
-    (dict(labels={'x': 1, 'class_1': 2, 'class_2': 3}, label_values=[1, 2, 3]), 'a background of 0'), (dict(normalization=[]), '0 entries for 1 channels'), (dict(normalization=[dict(scheme='none')]), "scheme is 'none' instead of 'ct' or 'zscore'"),
+    (dict(labels={'x': 1, 'class_1': 2, 'class_2': 3}, label_values=[1, 2, 3]), 'a background of 0'), (dict(normalization=[]), '0 schemes for 1 channel'), (dict(normalization=[dict(scheme='none')]), "scheme is 'none' instead of 'ct' or 'zscore'"),
     (dict(normalization=[dict(scheme='zscore', inside_nonzero=1)]), 'inside_nonzero is 1'), (dict(normalization=[dict(scheme='ct', lower=2, upper=1, mean=0, sd=1)]), 'lower 2 above upper 1'), (dict(normalization=[dict(scheme='ct', lower=0, upper=1, mean=0, sd=-1)]), 'sd is -1'),
     (dict(normalization=[dict(scheme='ct', lower=float('nan'), upper=1, mean=0, sd=1)]), 'lower is nan'), (dict(normalization=[dict(scheme=['ct'])]), "scheme is ['ct']"), (dict(one_component={'class_1': True}), 'one_component has the classes'), (dict(one_component={'class_1': 1, 'class_2': True}), 'true or false'),
     (dict(reasons=5), 'reasons is 5'), (dict(reasons={'3d.patch_size': 'because'}), "reasons['3d.patch_size'] is 'because'"), (dict(reasons={'3d.colour': dict(rule='', because='', numbers={}, tried=[])}), 'names no value of the plan'),

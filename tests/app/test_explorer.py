@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
-import autounet_nb.planning.plan
+import autounet_nb.planning.planner
 from autounet_nb.core.errors import InputError
 from autounet_nb.app.choices import Choices
 from autounet_nb.app.explorer import PlanExplorer
@@ -78,15 +78,15 @@ def test_the_first_stage_has_a_spacing_of_its_own():
     assert e.edits == {'3d_lowres.spacing': [7.5, *make_plan(abdomen(), 'gpu-12gb').models['3d_lowres'].spacing[1:]]} and e.plan.models['3d_lowres'].spacing[0] == 7.5
     assert '7.5×' in e.table.value and '(by hand)' in e.table.value and e.plan.models['3d'] == make_plan(abdomen(), 'gpu-12gb').models['3d']
     field.inputs[1].value = .1
-    assert 'cannot be finer than the second, the nearest is 7.5,0.8,' in e.message.value
+    assert 'finer than the second stage, which has 2.5×0.8×0.8 mm; the nearest that works is 3d_lowres.spacing=7.5,0.8,' in e.message.value
     field.auto.value = True
     assert e.plan == make_plan(abdomen(), 'gpu-12gb') and '3d_lowres.spacing' not in PlanExplorer(sketch_fingerprint((1, 99, 99)), 'cpu').fields
 
 def test_a_change_plans_once(monkeypatch):
     "Structure, not time: one plan per change, however many controls follow it"
     explorer, calls = PlanExplorer(abdomen(), 'gpu-12gb'), []
-    decide = autounet_nb.planning.plan.decide
-    monkeypatch.setattr(autounet_nb.planning.plan, 'decide', lambda *a, **kw: calls.append(a) or decide(*a, **kw))
+    decide = autounet_nb.planning.planner.decide
+    monkeypatch.setattr(autounet_nb.planning.planner, 'decide', lambda *a, **kw: calls.append(a) or decide(*a, **kw))
     for change in (lambda: setattr(explorer.fields['3d.patch_size'].inputs[1], 'value', 96), lambda: setattr(explorer.cascade, 'value', 'no'), lambda: setattr(explorer.fields['3d.patch_size'].auto, 'value', True)):
         calls.clear(); change()
         assert len(calls) == 1
