@@ -21,6 +21,7 @@ from .planning.plan import *
 from .planning.what_if import *
 from .preprocessing.resample import *
 from .preprocessing.preprocess import *
+from .preprocessing.folds import *
 from .preprocessing.splits import *
 from .viz.dataset import *
 from .viz.plan import *

@@ -23,7 +23,8 @@ from ..planning.fingerprint import Fingerprint, extract_fingerprint
 from ..planning.plan import Plan
 from ..planning.what_if import replan
 from ..preprocessing.preprocess import preprocess, sources_of
-from ..preprocessing.splits import check_fold, read_patients, read_splits, work_splits
+from ..preprocessing.folds import read_patients
+from ..preprocessing.splits import check_fold, read_splits, work_splits
 from ..training.train import finished_training, preprocessed_cases, train_fold
 from ..training.weights import find_device
 from ..inference.ensemble import too_short
@@ -181,7 +182,7 @@ def cross_validate(
     "Train and score every model on every fold; InputError names those that failed when the others are done"
     work = Path(work) if client is None else Path(work).absolute() # workers start from folders of their own
     names = models_to_train(Plan.load(work/'plan.json'), models)
-    splits = work_splits(work, [c.id for c in dataset], seed=seed, patients=patients, own=own)
+    splits = work_splits(work, [c.id for c in dataset], seed=seed, patients=patients, custom=own)
     folds = list(range(len(splits)) if folds is None else dict.fromkeys(folds))
     for k in folds: check_fold(splits, k)
     jobs, rows, failed = trainings(names, folds, len(splits)), {}, []
@@ -331,7 +332,7 @@ def run(
     plan = prepare(dataset, work, models, hardware, workers, ledger)
     print(plan)
     names = models_to_train(plan, models)
-    splits = work_splits(work, ids, seed=seed, patients=patients, own=own)
+    splits = work_splits(work, ids, seed=seed, patients=patients, custom=own)
     if cluster is None and not minutes: _announce(work, plan, names, workers, device, len(splits if folds is None else folds), steps)
     try:
         if ledger: rows = train_within_budget(work, dataset, names, folds, ledger, named=models is not None, seed=seed, device=device, processes=processes)
