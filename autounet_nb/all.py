@@ -26,6 +26,7 @@ from .preprocessing.resample import *
 from .preprocessing.normalization import *
 from .preprocessing.store import *
 from .preprocessing.preprocess import *
+from .preprocessing.folds import *
 from .preprocessing.splits import *
 from .viz.dataset import *
 from .viz.plan import *

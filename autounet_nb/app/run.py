@@ -25,7 +25,8 @@ from ..planning.plan import Plan
 from ..planning.planner import replan
 from ..preprocessing.preprocess import preprocess
 from ..preprocessing.store import sources_of
-from ..preprocessing.splits import read_patients, read_splits, work_splits
+from ..preprocessing.folds import read_patients
+from ..preprocessing.splits import read_splits, work_splits
 from ..training.weights import find_device
 from ..inference.ensemble import too_short
 from ..inference.predict import predict

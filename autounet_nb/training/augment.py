@@ -50,9 +50,7 @@ def _plane(patch):
     axis = flat_axis(patch)
     return [n for i, n in enumerate(patch) if i != axis]
 
-# %% ../../nbs/training/53_augment.ipynb #93c8872c
-_SMOOTHING = 151 / 315 # a cubic B-spline lowers the variance of noise to this, per axis
-
+# %% ../../nbs/training/53_augment.ipynb #a13ba5fb
 class SampledParams(NamedTuple):
     "What is done to each sample of a batch"
     angle: torch.Tensor # (b, axes) radians about each axis; (b, 1) in the plane
@@ -60,6 +58,9 @@ class SampledParams(NamedTuple):
     displacement: torch.Tensor # (b, control points per axis, axes) voxels
     gamma: torch.Tensor # (b, c) exponents
     flip: torch.Tensor # (b, axes of the patch) whether each is mirrored
+
+# %% ../../nbs/training/53_augment.ipynb #93c8872c
+_SMOOTHING = 151 / 315 # a cubic B-spline lowers the variance of noise to this, per axis
 
 def _points(n, spacing):
     "Control points of a cubic B-spline along an axis of `n` voxels: one per spacing and three for the ends"

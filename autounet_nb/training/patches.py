@@ -131,7 +131,7 @@ class PatchDataset:
             x, y = x.squeeze(c.slice_axis + 1), y.squeeze(c.slice_axis)
         return torch.from_numpy(x), torch.from_numpy(y)
 
-# %% ../../nbs/training/55_patches.ipynb #cc564631
+# %% ../../nbs/training/55_patches.ipynb #579168b2
 @dataclass(frozen=True)
 class PatchLoaderOptions:
     "How patches are loaded"
@@ -141,6 +141,7 @@ class PatchLoaderOptions:
     workers: int = 0 # processes that load; 0 loads in this one, best if few cores have to compute as well
     device: str = 'cpu' # where batches are moved to
 
+# %% ../../nbs/training/55_patches.ipynb #cc564631
 def _loader(cases, config, steps, seed, options):
     "A DataLoader of random patches"
     dataset = PatchDataset(cases, config, steps, seed, options.workers)

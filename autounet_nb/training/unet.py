@@ -142,6 +142,18 @@ def _check_size(net, x):
         size = shape_text(x.shape[2:])
         raise InputError('batch', f'the size {size} is no multiple of {shape_text(multiple)}', 'pad it')
 
+# %% ../../nbs/training/50_unet.ipynb #a941245b
+def _count(*modules):
+    "How many weights there are in these modules"
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+def _view(pool, kernel, stride, step, sees):
+    "How far apart the neighbors of a level are and how far it sees, in voxels of the patch"
+    first, more = {'max': (stride, 2), 'conv': (kernel, 1)}[pool] # what reads the level above, then convolutions
+    sees = [w + (a - 1) * d for w, a, d in zip(sees, first, step)]
+    step = [d * a for d, a in zip(step, stride)]
+    return step, [w + more * (a - 1) * d for w, a, d in zip(sees, kernel, step)]
+
 # %% ../../nbs/training/50_unet.ipynb #f33d0979
 class UNet(nn.Module):
     "The plain U-Net, in 2D or 3D; gives logits (b, classes, *patch)"
@@ -223,18 +235,6 @@ class UNet(nn.Module):
             rows.append(dict(level=l, features=f, kernel=list(k), stride=list(s), size=size, sees=sees,
                              parameters=_count(*parts)))
         return rows
-
-# %% ../../nbs/training/50_unet.ipynb #a941245b
-def _count(*modules):
-    "How many weights there are in these modules"
-    return sum(p.numel() for m in modules for p in m.parameters())
-
-def _view(pool, kernel, stride, step, sees):
-    "How far apart the neighbors of a level are and how far it sees, in voxels of the patch"
-    first, more = {'max': (stride, 2), 'conv': (kernel, 1)}[pool] # what reads the level above, then convolutions
-    sees = [w + (a - 1) * d for w, a, d in zip(sees, first, step)]
-    step = [d * a for d, a in zip(step, stride)]
-    return step, [w + more * (a - 1) * d for w, a, d in zip(sees, kernel, step)]
 
 # %% ../../nbs/training/50_unet.ipynb #298c2f6c
 def build_unet(

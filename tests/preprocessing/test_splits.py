@@ -1,4 +1,4 @@
-"Splits: every case held out once, patients in one piece, whatever the ids, the order and the seed; and files that say otherwise."
+"Splits: every case validated once, patients in one piece, whatever the ids, the order and the seed; and files that say otherwise."
 import json
 from collections import Counter
 import pytest
@@ -6,7 +6,8 @@ from hypothesis import given, strategies as st
 from autounet_nb.core.errors import InputError
 from autounet_nb.core.files import write_json
 from autounet_nb.data.phantom import make_phantoms
-from autounet_nb.preprocessing.splits import kfold_splits, read_patients, read_splits, work_splits
+from autounet_nb.preprocessing.folds import kfold_splits, read_patients
+from autounet_nb.preprocessing.splits import read_splits, work_splits
 
 ID = st.text('abc019_-. é', min_size=1, max_size=8)
 IDS = st.lists(ID, min_size=2, max_size=60, unique=True)
@@ -20,12 +21,12 @@ def grouped(draw):
     return ids, dict(zip(ids, [0, 1] + [draw(st.integers(0, 15)) for _ in ids[2:]]))
 
 def is_cross_validation(splits, ids):
-    "Each case is judged once, by a network that was trained on all that the fold doesn't judge"
+    "Each case is a validation case once, of a network that was trained on all other cases"
     assert sorted(i for s in splits for i in s['valid']) == sorted(ids)
     for s in splits: assert s['valid'] and s['train'] and sorted(s['train'] + s['valid']) == sorted(ids)
 
 @given(IDS, K, SEED)
-def test_every_case_is_held_out_once(ids, k, seed):
+def test_every_case_is_a_validation_case_once(ids, k, seed):
     splits = kfold_splits(ids, k, seed)
     is_cross_validation(splits, ids)
     assert len(splits) == min(k, len(ids)) and max(sizes(splits)) - min(sizes(splits)) <= 1
@@ -81,7 +82,7 @@ def test_a_table_gives_back_what_was_written(tmp_path_factory, cases):
 
 @pytest.mark.parametrize('text,words', [
     ('case,patient\na,1\n', 'patient of case b'), ('case,patient\na,1\nb\n', 'patient of case b'), ('case,patient\na,1\nb,\n', 'patient of case b'), ('', 'no CSV'),
-    ('case,who\na,1\n', 'must name the columns'), ('id,patient\na,1\nb,2\na,3\n', 'of patient 1 and of patient 3'), (b'case,patient\na,\xff\n', 'UTF-8')])
+    ('case,who\na,1\n', "its first line is 'case, who'; its first line must name the columns case and patient"), ('id,patient\na,1\nb,2\na,3\n', 'of patient 1 and of patient 3'), (b'case,patient\na,\xff\n', 'UTF-8')])
 def test_tables_that_are_none(tmp_path, text, words):
     (tmp_path/'who.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=words) as e: read_patients(tmp_path/'who.csv', ['a', 'b'])
@@ -92,13 +93,13 @@ def test_tables_as_programs_write_them(tmp_path, sep, end):
     (tmp_path/'who.csv').write_bytes(('\ufeff' + end.join(sep.join(r) for r in (('ID', 'patient'), ('a', ' x '), ('b', 'x'), ('', '')))).encode())
     assert read_patients(tmp_path/'who.csv', ['a', 'b']) == dict(a='x', b='x')
 
-@pytest.mark.parametrize('own', [7, {}, [7], [[]], [{}], [dict(train=['a'])], [dict(train='a', valid='b')], [dict(train=[1], valid=['b'])], [dict(train=['a'], valid=None)], []])
-def test_files_that_hold_no_splits(tmp_path, own):
-    write_json(tmp_path/'own.json', own)
+@pytest.mark.parametrize('custom', [7, {}, [7], [[]], [{}], [dict(train=['a'])], [dict(train='a', valid='b')], [dict(train=[1], valid=['b'])], [dict(train=['a'], valid=None)], []])
+def test_files_that_hold_no_splits(tmp_path, custom):
+    write_json(tmp_path/'own.json', custom)
     with pytest.raises(InputError, match='own.json: it (is not a list of folds|holds no fold)'): read_splits(tmp_path/'own.json', ['a', 'b'])
 
 @given(IDS, K, SEED)
-def test_own_splits_in_both_spellings(ids, k, seed):
+def test_custom_splits_in_both_spellings(ids, k, seed):
     splits = kfold_splits(ids, k, seed)
     assert read_splits([dict(train=s['train'][::-1], val=s['valid']) for s in splits], ids) == read_splits(splits, ids) == splits
 
@@ -108,8 +109,8 @@ def test_what_was_asked_for_stays_and_is_not_drawn_over(tmp_path, capsys):
     assert work_splits(tmp_path, ids[::-1]) == work_splits(tmp_path, ids, seed=3) == by_patient
     with pytest.raises(InputError, match='give --patients again'): work_splits(tmp_path, ids[1:])
     assert json.loads((tmp_path/'splits.json').read_text())[0]['by'] == 'patient'
-    own = [dict(train=ids[4:], valid=ids[:2])]
-    assert work_splits(tmp_path, ids, own=own) == own == work_splits(tmp_path, ids) == work_splits(tmp_path, [*ids, 'one_more'])
+    custom = [dict(train=ids[4:], valid=ids[:2])]
+    assert work_splits(tmp_path, ids, custom=custom) == custom == work_splits(tmp_path, ids) == work_splits(tmp_path, [*ids, 'one_more'])
     with pytest.raises(InputError, match='give --splits again'): work_splits(tmp_path, ids[1:])
     assert work_splits(tmp_path, ids, patients='{patient}_{visit}') == by_patient
     assert 'trained again' not in capsys.readouterr().out # nothing was trained
@@ -125,13 +126,13 @@ def test_blind_folds_follow_the_cases(tmp_path, capsys):
 def test_likely_pairs_are_named_where_they_are_apart(tmp_path, capsys):
     problems = [dict(kind='twice', case='b', other='a'), dict(kind='alike', case='d', other='c'), dict(kind='empty', case='a', other=''), dict(kind='alike', case='gone', other='a')]
     write_json(tmp_path/'check.json', dict(key='k', report=dict(problems=problems)))
-    work_splits(tmp_path, 'abcdef', own=[dict(train=list('abe'), valid=list('cd')), dict(train=list('ac'), valid=list('b'))])
+    work_splits(tmp_path, 'abcdef', custom=[dict(train=list('abe'), valid=list('cd')), dict(train=list('ac'), valid=list('b'))])
     warning = capsys.readouterr().out.splitlines()[-1]
     assert 'a and b look like' in warning and 'c and d' not in warning and 'gone' not in warning
     work_splits(tmp_path, 'abcdef', patients=dict(zip('abcdef', '112233')))
     assert 'look like' not in capsys.readouterr().out
 
-def test_a_run_by_patient_and_with_own_folds(autounet, one_line, tmp_path):
+def test_a_run_by_patient_and_with_custom_splits(autounet, one_line, tmp_path):
     data = make_phantoms(tmp_path/'scans', n=4, shape=(12, 20, 20), layout='pairs', seed=1)
     go = lambda *args: autounet('run', tmp_path/'scans', tmp_path/'work', '--models', '2d', '--folds', '0', '--steps', '2', '--hardware', 'cpu', *args)
     one_line(go('--patients', '{patient}-{visit}'), 'phantom_001', 'does not fit the pattern')
@@ -145,5 +146,5 @@ def test_a_run_by_patient_and_with_own_folds(autounet, one_line, tmp_path):
     assert held_out() in ({'phantom_001', 'phantom_002'}, {'phantom_003', 'phantom_004'})
     write_json(tmp_path/'own.json', [dict(train=['phantom_001', 'phantom_004'], val=['phantom_002'])])
     p = go('--splits', tmp_path/'own.json')
-    assert p.returncode == 0 and 'what changed is the split' in p.stdout and '3 of 4 cases are judged in no fold' in p.stdout, p.stderr
+    assert p.returncode == 0 and 'what changed is the split' in p.stdout and '3 of 4 cases are validation cases of no fold' in p.stdout, p.stderr
     assert held_out() == {'phantom_002'} == {f.name[:11] for f in (tmp_path/'work/models/2d/fold_0/validation/masks').glob('*.nii.gz')}
