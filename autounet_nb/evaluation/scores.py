@@ -13,7 +13,7 @@ from pathlib import Path
 import csv, os
 import numpy as np
 from ..core.errors import DataError, InputError
-from ..data.find import _classes
+from ..data.layouts import read_classes
 from ..core.executor import pmap
 from ..core.files import atomic, read_json
 from ..core.text import aligned, first_of
@@ -206,7 +206,7 @@ def _names(
     if names is None and isinstance(labels, Dataset): names = labels.labels
     if names is None and isinstance(labels, (str, os.PathLike)):
         near = [d/'dataset.json' for d in (Path(labels), *Path(labels).absolute().parents[:2])]
-        names = next((_classes(read_json(f).get('labels', {}), f) for f in near if f.exists()), None)
+        names = next((read_classes(read_json(f).get('labels', {}), f) for f in near if f.exists()), None)
     res = {str(k): int(v) for k, v in (names or {}).items() if int(v)}
     res |= {str(v): v for v in sorted(values) if v not in res.values()}
     if 'id' in res: raise DataError('a class is called "id", which is what the scores call the name of a case; pass other names')
