@@ -70,12 +70,14 @@ def _problem(d):
     "What is wrong with the fields of a fingerprint, in words, or None"
     return flaw(d, _FORM) or _cases_problem(d) or _channels_problem(d) or _classes_problem(d)
 
-# %% ../../nbs/planning/21_fingerprint.ipynb #60e8f016
+# %% ../../nbs/planning/21_fingerprint.ipynb #0433086a
 _VERSION = 1 # of fingerprint.json
 
-def _spacing_text(spacing): return shape_text(float(f'{s:.4g}') for s in spacing) # four digits of each
+def _spacing_text(spacing):
+    return shape_text(float(f'{s:.4g}') for s in spacing) # four digits of each
 
-def _range_text(values, text): return f'{text(np.min(values, axis=0))} to {text(np.max(values, axis=0))}' # per axis
+def _range_text(values, text):
+    return f'{text(np.min(values, axis=0))} to {text(np.max(values, axis=0))}' # per axis
 
 @dataclass(frozen=True, repr=False)
 class Fingerprint:
@@ -135,7 +137,9 @@ class Fingerprint:
 
     def save(self,
         path, # of the JSON file
-    ): write_json(path, asdict(self))
+    ):
+        "Write the fingerprint as JSON"
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls,

@@ -206,8 +206,9 @@ def measure_case(
     return CaseFacts(case.id, list(label.shape), list(geometry.spacing), list(y.shape),
                      *measure_classes(y), counts, outside)
 
-# %% ../../nbs/planning/20_measure.ipynb #ea8386f7
-def _facts_file(case, cache): return Path(cache)/f'{case.id}.npz'
+# %% ../../nbs/planning/20_measure.ipynb #50229f9d
+def _facts_file(case, cache):
+    return Path(cache)/f'{case.id}.npz'
 
 def kept_facts(
     case, # `Case`

@@ -33,10 +33,12 @@ def _check_name(key, models):
     raise InputError(where, 'there is no setting of this name',
                      f'use one of {names}, as in 3d.patch_size=64,128,128', 'setting')
 
-# %% ../../nbs/planning/25_settings.ipynb #f425e968
-def _is_whole(v, low, high): return isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+# %% ../../nbs/planning/25_settings.ipynb #12227f94
+def _is_whole(v, low, high):
+    return isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
-def _is_length(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and .001 <= v <= 1000
+def _is_length(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and .001 <= v <= 1000
 
 def _all_whole(v, n, low, high):
     "Whether a value is a list of n whole numbers in a range"
@@ -52,7 +54,7 @@ def _fitting(v, fits):
     "The value, or None if it doesn't fit"
     return v if fits else None
 
-# %% ../../nbs/planning/25_settings.ipynb #67e9eb1d
+# %% ../../nbs/planning/25_settings.ipynb #eab32fe4
 def _patch_size(v, axes, channels):
     example = {2: '128,160', 3: '64,128,128'}[axes]
     return _fitting(v, _all_whole(v, axes, 1, 4096)), f'{axes} whole numbers from 1 to 4096, such as {example}'
@@ -71,9 +73,11 @@ def _num_pool_per_axis(v, axes, channels):
     example, v = {2: '5,4', 3: '5,4,3'}[axes], _each(v, axes)
     return _fitting(v, _all_whole(v, axes, 0, 6)), f'one whole number from 0 to 6, or {axes}, such as {example}'
 
-def _batch_size(v, axes, channels): return _fitting(v, _is_whole(v, 1, 4096)), 'a whole number from 1 to 4096'
+def _batch_size(v, axes, channels):
+    return _fitting(v, _is_whole(v, 1, 4096)), 'a whole number from 1 to 4096'
 
-def _cases(v, axes, channels): return _fitting(v, _is_whole(v, 1, 10**6)), f'a whole number from 1 to {10**6}'
+def _cases(v, axes, channels):
+    return _fitting(v, _is_whole(v, 1, 10**6)), f'a whole number from 1 to {10**6}'
 
 def _normalization(v, axes, channels):
     v, words = _each(v, channels), f'ct, zscore or nonzero, once or for each of {channels} channels'
@@ -83,7 +87,8 @@ def _batch_dice(v, axes, channels):
     "True or false, as a person writes it"
     return dict(true=True, yes=True, false=False, no=False).get(str(v).lower()), 'true or false'
 
-def _cascade(v, axes, channels): return _fitting(v, v in ('yes', 'no')), 'yes or no'
+def _cascade(v, axes, channels):
+    return _fitting(v, v in ('yes', 'no')), 'yes or no'
 
 _KINDS = dict(
     patch_size=_patch_size, median_shape=_patch_size, spacing=_spacing, cases=_cases, normalization=_normalization,

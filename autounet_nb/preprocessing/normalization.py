@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from ..core.errors import InputError
 
-# %% ../../nbs/preprocessing/31_normalization.ipynb #89bf0c30
+# %% ../../nbs/preprocessing/31_normalization.ipynb #9e909137
 @dataclass(frozen=True)
 class CTNormalization:
     "Clip to the dataset's percentiles, then shift and scale by its mean and sd (Preprocessing, Normalization)"
@@ -22,7 +22,7 @@ class CTNormalization:
 
     def __call__(self,
         x, # one channel (z,y,x), float32
-        mask=None, # not needed
+        mask=None, # not used; both normalizations are called in the same way
     ) -> np.ndarray: # float32 (z,y,x)
         return (np.clip(x, self.lower, self.upper) - np.float32(self.mean)) / np.float32(self.sd or 1)
 

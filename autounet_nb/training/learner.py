@@ -209,7 +209,7 @@ def _bars(learn):
     "fastai's bars in a notebook or a terminal; elsewhere one printed line per epoch"
     if watched():
         return nullcontext()
-    learn.training_log.talk = True
+    learn.training_log.verbose = True
     return ContextManagers([learn.no_bar(), learn.no_logging()])
 
 @contextmanager
@@ -255,7 +255,7 @@ def fit_learner(
         _check_loaders(learn.dls, error)
         raise
     finally:
-        learn.training_log.rest()
+        learn.training_log.stop_heartbeat()
         if hasattr(learn, 'follow_load'):
             learn.follow_load.stop()
     return learn

@@ -100,7 +100,7 @@ def test_normalization_follows_the_modality_and_the_crop():
 
 @pytest.mark.parametrize('change,message', [
     ({'patch_size': [40, 56, 41]}, 'multiple of 8'), ({'batch_size': 0}, 'batch_size is 0 instead of a whole number'), ({'features_per_stage': [1, 2]}, 'one entry per level'),
-    ({'kernel_sizes': [[3, 3, 3]] * 3 + [[5, 3, 3]]}, r'kernel_sizes\[3\]\[0\] is 5 instead of 1 or 3'), ({'dice': 'mean'}, 'dice'), ({'num_pool_per_axis': [1, 1, 1]}, 'pools say'), ({'num_pool_per_axis': [1, 1]}, 'do not have 3 axes'),
+    ({'kernel_sizes': [[3, 3, 3]] * 3 + [[5, 3, 3]]}, r'kernel_sizes\[3\]\[0\] is 5 instead of 1 or 3'), ({'dice': 'mean'}, 'dice'), ({'num_pool_per_axis': [1, 1, 1]}, r'divide the axes by \[8, 8, 8\], num_pool_per_axis is \(1, 1, 1\)'), ({'num_pool_per_axis': [1, 1]}, 'do not have 3 axes'),
     ({'spacing': [0, 1, 1]}, r'spacing\[0\] is 0 instead of a number from'), ({'spacing': [1e-9, 1, 1]}, r'spacing\[0\] is 1e-09'), ({'features_per_stage': [10**9, 1, 1, 1]}, r'features_per_stage\[0\] is 1000000000 instead of a whole number'),
     ({'features_per_stage': [4096] * 4}, 'weights, more than'), ({'patch_size': [4096] * 3}, 'a training step would take .* TB|a training step would take .* GB, more than'), ({'batch_size': True}, 'batch_size is True'), ({'patch_size': 5}, 'patch_size is 5 instead of a list'),
     ({'slice_axis': 0}, 'a 3D model has none'), ({'stage': 'lowres'}, 'sees stage lowres'), ({'name': '2d'}, 'has dimension 3|is called'), ({'name': '../x'}, "name is '../x'"), ({'median_shape': [10**6] * 3}, 'median_shape'),
