@@ -1663,6 +1663,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'autounet_nb/planning/plan.py'),
                                            'autounet_nb.planning.plan._scheme_problem': ( 'planning/plan.html#_scheme_problem',
                                                                                           'autounet_nb/planning/plan.py'),
+                                           'autounet_nb.planning.plan._stage_problem': ( 'planning/plan.html#_stage_problem',
+                                                                                         'autounet_nb/planning/plan.py'),
                                            'autounet_nb.planning.plan._table': ( 'planning/plan.html#_table',
                                                                                  'autounet_nb/planning/plan.py'),
                                            'autounet_nb.planning.plan.edits_text': ( 'planning/plan.html#edits_text',

@@ -121,7 +121,7 @@ def _make_page(self:PlanExplorer):
     right = w.VBox([self.message, self.redo, self.table, reasons], layout=dict(flex='1 1 560px', min_width='0'))
     self.box = w.VBox([self.title, self.picture, w.HBox([left, right], layout=dict(flex_flow='row wrap'))])
 
-# %% ../../nbs/app/87_explorer.ipynb #a43bf644
+# %% ../../nbs/app/87_explorer.ipynb #f088d3c4
 @patch
 def _do(self:PlanExplorer, change, *args):
     "Change the choices, show what follows, and note how long it took"
@@ -160,6 +160,7 @@ def reset(self:PlanExplorer):
     "Make everything automatic"
     self._do(self.choices.reset)
 
+# %% ../../nbs/app/87_explorer.ipynb #fc10cdf4
 @patch
 def _save(self:PlanExplorer, confirmed):
     "Save, if nothing speaks against it; what to say about it, and the kind of this message"
@@ -183,12 +184,13 @@ def save(self:PlanExplorer):
     self.save_button.description = 'Replace plan' if self.warned else 'Save plan'
     self._show_redo()
 
+# %% ../../nbs/app/87_explorer.ipynb #3ebf9be6
 @patch
 def explain(self:PlanExplorer):
     "Say below each reason what would change the value"
     self._show_why(what_if(self.choices.fingerprint, self.plan, f'{self.model.value}.'))
 
-# %% ../../nbs/app/87_explorer.ipynb #b3b289d7
+# %% ../../nbs/app/87_explorer.ipynb #84921376
 @patch
 def _show_machine(self:PlanExplorer):
     "Hardware, cascade and the choice of a model"
@@ -219,7 +221,7 @@ def _show_fields(self:PlanExplorer):
     if list(self.model_fields.children) != rows:
         self.model_fields.children = rows
 
-# %% ../../nbs/app/87_explorer.ipynb #7eb1e02e
+# %% ../../nbs/app/87_explorer.ipynb #40c1a2aa
 @patch
 def _messages(self:PlanExplorer):
     "What cannot work, what was adjusted, and what is set but has no control"
@@ -264,7 +266,7 @@ def _show_redo(self:PlanExplorer):
     said = f'Compared with the {escape(name)}, to do again: <b>{escape(", ".join(redo) or "nothing")}</b>'
     self.redo.value = f'<div style="padding:4px 10px">{said}</div>'
 
-# %% ../../nbs/app/87_explorer.ipynb #7194975e
+# %% ../../nbs/app/87_explorer.ipynb #300d0027
 @patch
 def __repr__(self:PlanExplorer): return f'PlanExplorer, {plural(len(self.edits), "value")} set by hand\n{self.plan}'
 

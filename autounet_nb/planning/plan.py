@@ -71,7 +71,7 @@ def _scheme_problem(schemes, channels):
         if s['scheme'] == 'ct' and s['lower'] > s['upper']:
             return f'{at} has lower {s["lower"]} above upper {s["upper"]}'
 
-# %% ../../nbs/planning/27_plan.ipynb #5931bab6
+# %% ../../nbs/planning/27_plan.ipynb #465de39b
 def _channels_problem(name, config, channels, classes):
     "Whether a model has the inputs and outputs of its data, in words, or None"
     needed = channels, classes + 1
@@ -80,6 +80,11 @@ def _channels_problem(name, config, channels, classes):
     if (config.in_channels, config.classes) != needed:
         return (f'model {name} has in_channels {config.in_channels} and classes {config.classes}, '
                 f'its channels and labels make {needed[0]} and {needed[1]}')
+
+def _stage_problem(models):
+    "Whether models see the same data in two ways, in words, or None"
+    if len({(c.spacing, c.median_shape) for c in models.values() if c.stage == 'full'}) > 1:
+        return 'its models see the same data with different spacing or median_shape'
 
 def _models_problem(models, dim, channels, classes):
     "Which models do not belong to this data or to each other, in words, or None"
@@ -91,8 +96,7 @@ def _models_problem(models, dim, channels, classes):
             return f'models[{shown(name)}] is called {config.name}'
         if why := _channels_problem(name, config, channels, classes):
             return why
-    if len({(c.spacing, c.median_shape) for c in models.values() if c.stage == 'full'}) > 1:
-        return 'its models see the same data with different spacing or median_shape'
+    return _stage_problem(models)
 
 def _reasons_problem(reasons, models):
     "Which reason belongs to no value, in words, or None"
@@ -232,15 +236,16 @@ def plan_rows(
     rows = [[f.replace('_', ' '), *(value_text(f, getattr(c, f)) for c in models.values())] for f in _SHOWN]
     return [['', *models], *rows]
 
-# %% ../../nbs/planning/27_plan.ipynb #8e8126df
+# %% ../../nbs/planning/27_plan.ipynb #695c5108
 def edits_text(
     edits, # name → value
 ) -> str: # '' if there are none
     "What was set by hand, in words"
-    texts = [setting_text(k, v) for k, v in edits.items()]
-    return f'set by hand: {", ".join(texts)}' if texts else ''
+    if not edits:
+        return ''
+    return 'set by hand: ' + ', '.join(setting_text(k, v) for k, v in edits.items())
 
-# %% ../../nbs/planning/27_plan.ipynb #dc1bb255
+# %% ../../nbs/planning/27_plan.ipynb #12fb76a9
 @patch
 def value(self:Plan,
     key, # of a reason, such as spacing or 3d.patch_size
@@ -254,6 +259,7 @@ def value(self:Plan,
     config = self.models[model] if model else next(iter(self.models.values()))
     return getattr(config, name)
 
+# %% ../../nbs/planning/27_plan.ipynb #7e7b77b0
 @patch
 def why(self:Plan,
     of='', # names of values begin with this
@@ -266,7 +272,7 @@ def why(self:Plan,
             lines += [f'    because {r["because"]}', f'    rule: {r["rule"]}', *(f'    tried: {t}' for t in r['tried'])]
     return '\n'.join(lines)
 
-# %% ../../nbs/planning/27_plan.ipynb #be79aa49
+# %% ../../nbs/planning/27_plan.ipynb #4fab70ef
 def _table(plan, title):
     "A plan as a `Table`"
     head, *rows = plan_rows(plan.models)
