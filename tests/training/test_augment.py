@@ -75,7 +75,7 @@ def test_each_sample_of_a_batch_moves_as_it_would_alone(patch, piece, monkeypatc
         assert torch.allclose(x2[i], x1[0], atol=1e-5) and torch.equal(y2[i], y1[0]) and torch.equal(x2[i], x[i]) == (i in (0, 2))
 
 def test_gamma_keeps_mean_sd_and_order():
-    x = torch.rand(2, 1, 12, 12, 12) * 5 - 1
+    x = torch.rand(2, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0)) * 5 - 1 # two values that round to one would have no order
     out = gamma(x, nothing(x.shape)._replace(gamma=torch.full((2, 1), 1.4)))
     for a, b in zip(x, out):
         assert torch.isclose(a.mean(), b.mean(), atol=1e-4) and torch.isclose(a.std(), b.std(), atol=1e-3) and not torch.allclose(a, b, atol=.05)
