@@ -97,7 +97,7 @@ def plan_command(a):
 def explore_command(a):
     "Try out a plan in the browser: set values by hand, see what follows, save it"
     from autounet_nb.core.errors import MissingPackage
-    from autounet_nb.app.choices import as_fingerprint
+    from autounet_nb.viz.choices import as_fingerprint
     try: from autounet_nb.app.explorer_page import serve_explorer
     except ModuleNotFoundError as e:
         if e.name.partition('.')[0] not in ('voila', 'tornado', 'traitlets', 'jupyter_client', 'jupyter_server', 'jupyterlab_server'): raise

@@ -19,7 +19,7 @@ from ..core.text import shape_text
 from .config import CONFIG_FORM, MODELS, ModelConfig
 from .design import plural, setting_text
 from .reasons import reason
-from .settings import read_edits
+from .config import read_edits
 
 # %% ../../nbs/planning/27_plan.ipynb #848d8534
 PLAN_VERSION = 2

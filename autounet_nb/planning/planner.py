@@ -18,7 +18,7 @@ from .plan import DATA_KEYS, PLAN_VERSION, Plan, models_of, value_text
 from .reasons import BY_HAND, data_reasons, model_reasons, reason
 from .rules import CASCADE_RATIO, MIN_BATCH, channel_normalization, find_hardware, lowres
 from .rules import needs_cascade, read_hardware
-from .settings import read_edits
+from .config import read_edits
 
 # %% ../../nbs/planning/28_planner.ipynb #97b52a09
 _TOLD = dict(ct=('ct', 1), zscore=('', 1), nonzero=('', 0)) # name and share that lead the rule to each scheme

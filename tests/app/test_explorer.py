@@ -11,7 +11,7 @@ from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 import autounet_nb.planning.planner
 from autounet_nb.core.errors import InputError
-from autounet_nb.app.choices import Choices
+from autounet_nb.viz.choices import Choices
 from autounet_nb.app.explorer import PlanExplorer
 from autounet_nb.planning.plan import Plan
 from autounet_nb.planning.planner import make_plan

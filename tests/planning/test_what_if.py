@@ -9,7 +9,7 @@ from autounet_nb.planning.memory import count_weights, training_memory
 from autounet_nb.planning.design import dataset_statistics
 from autounet_nb.planning.planner import decide, make_plan
 from autounet_nb.planning.rules import read_hardware, sketch_fingerprint
-from autounet_nb.planning.settings import read_edits
+from autounet_nb.planning.config import read_edits
 from autounet_nb.training.unet import build_unet
 
 shapes = st.one_of(st.tuples(st.integers(5, 40), st.integers(16, 400), st.integers(16, 400)), # slices
