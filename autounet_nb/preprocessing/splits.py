@@ -113,7 +113,7 @@ def _known_classes(work, ids):
         if not all((folder/f'{i}.json').exists() for i in ids):
             continue
         try:
-            return {i: set(PreprocessedCase(folder, i).points) for i in ids}
+            return {i: set(PreprocessedCase(folder, i).class_locations) for i in ids}
         except (OSError, ValueError, BadZipFile) as e:
             raise InputError(folder, f'what is preprocessed there is damaged ({e})',
                              'delete the folder and preprocess again') from None
