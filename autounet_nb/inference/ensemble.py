@@ -261,7 +261,7 @@ class Ensemble:
 def _check_network(where, net, config, name, plan):
     "InputError for a network that was not trained with this plan"
     fix = 'train it again, or bring back the plan'
-    if net.reading and net.reading != json.loads(json.dumps(plan.reading)):
+    if net.intensity_properties and net.intensity_properties != json.loads(json.dumps(plan.intensity_properties)):
         problem = 'it was trained with another normalisation or other classes than plan.json says now'
         raise InputError(where, problem, fix)
     wanted = len(plan.modalities)

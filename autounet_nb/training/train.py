@@ -71,7 +71,7 @@ def data_key(
     return blake2b(json.dumps([[c.id, *c.checksum] for c in cases]).encode(), digest_size=8).hexdigest()
 
 # %% ../../nbs/training/59_train.ipynb #e9c65177
-_RECIPE = dict(config='the plan', split='the split', data='the data', reading='normalisation or classes',
+_RECIPE = dict(config='the plan', split='the split', data='the data', intensity_properties='normalization or classes',
                own='network or loss', clock='the kind of budget') # the parts of a recipe in words
 
 def _differing(old, new):
@@ -181,7 +181,7 @@ def _new_job(work, model, fold, options, own):
         config = small_batches(config, max(options.processes, rank_and_size()[1]))
     split = check_fold(work_splits(work, _case_ids(work, config), seed=options.seed), fold)
     train, valid = (preprocessed_cases(work, config, split[k]) for k in ('train', 'valid'))
-    recipe = dict(config=vars(config), split=split, data=data_key(train + valid), reading=plan.reading,
+    recipe = dict(config=vars(config), split=split, data=data_key(train + valid), intensity_properties=plan.intensity_properties,
                   clock=options.minutes is not None, steps=options.steps, seed=options.seed,
                   own=[str(o) for o in own if o is not None])
     return _Job(work.fold(model, fold), config, train, valid, json.loads(json.dumps(recipe)))

@@ -64,7 +64,7 @@ def _described(
     "What the description of a network says"
     try:
         d = read_json(path)
-        return ModelConfig(**d['config']), d.get('mirrored', True), (d.get('recipe') or {}).get('reading')
+        return ModelConfig(**d['config']), d.get('mirrored', True), (d.get('recipe') or {}).get('intensity_properties')
     except (TypeError, KeyError, AttributeError) as e:
         raise InputError(path, f'this does not describe a model ({e})', 'train it again') from None
 
@@ -80,7 +80,7 @@ def load_model(
     if not files.weights.exists():
         raise InputError(f'model {model}', f'there is no trained fold {fold} in {work}',
                          'train it with `autounet train` or `autounet run`')
-    config, mirrored, reading = _described(files.description)
+    config, mirrored, intensities = _described(files.description)
     if net is None:
         net = build_unet(config)
     try:
@@ -88,6 +88,6 @@ def load_model(
     except RuntimeError:
         raise InputError(files.weights, 'these weights are of another network than model.json describes',
                          'train it again, or pass the `net` that was trained') from None
-    net.reading = reading # how its data was normalized, and its classes
+    net.intensity_properties = intensities # how its data was normalized, and its classes
     net.mirrored = mirrored # whether prediction may average over mirror images
     return net.to(device).eval(), config
