@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['trainings_part', 'curves_part', 'scores_part', 'cases_part', 'choice_part', 'predict_part', 'report']
 
-# %% ../../nbs/app/84_report.ipynb #f623cff6
+# %% ../../nbs/app/84_report.ipynb #8c78b986
 from html import escape
 from pathlib import Path
 import shlex
 import numpy as np
 from matplotlib import rc_context
-from .. import __version__
 from ..core.errors import InputError
 from ..core.files import atomic
 from ..core.table import Cell, cell_text
@@ -19,14 +18,14 @@ from ..core.text import time_text
 from ..core.work import Work
 from ..data.cases import read_case
 from ..data.images import read_label, split_name
-from ..viz.page import Html, as_html, bar_cell, code_lines, details, figure_html, heading, notes, page_html
-from ..viz.page import paragraph, wide_table
-from ..viz.results import plot_boxes, plot_curves, plot_effort, plot_errors
+from ..viz.page import Html, as_html, bar_cell, code_box, definitions, details, figure_html, heading, notes
+from ..viz.page import page_html, paragraph, spread_cell, stamp, wide_table
+from ..viz.results import METRIC_TEXTS, plot_boxes, plot_curves, plot_effort, plot_errors
 from ..evaluation.choose import Choice
 from ..evaluation.prices import load_prices
-from .report_parts import Found, dataset_part, made_part, plan_part, stamp, summary_part
+from .report_parts import Found, dataset_part, made_part, plan_part, summary_part
 
-# %% ../../nbs/app/84_report.ipynb #cd880216
+# %% ../../nbs/app/84_report.ipynb #38354c31
 def _budget(found):
     "What was decided about the minutes, step by step"
     kept = found.record(found.work.budget_file) or {}
@@ -36,18 +35,23 @@ def _budget(found):
     lead = f'{kept.get("minutes", 0):g} minutes were asked for. What was decided, step by step:'
     return [paragraph(lead), Html(f'<ol>{said}</ol>')]
 
-def _failure(found, training):
-    "Why a training failed, and where in the program"
-    kept = found.record(found.work.fold(training.model, training.fold).failure) or {}
-    said = notes([f'{training.model}, fold {training.fold}, failed: {training.said}'])
-    return [*said, details('where', code_lines(str(kept['trace'])))] if kept.get('trace') else said
+def _failures(found):
+    "Why trainings failed, and where in the program"
+    out = []
+    for t in (t for t in found.status.trainings if t.state == 'failed'):
+        out += notes([f'{t.model}, fold {t.fold}, failed: {t.said}'])
+        kept = found.record(found.work.fold(t.model, t.fold).failure) or {}
+        if kept.get('trace'):
+            out.append(details('where', code_box(str(kept['trace']))))
+    return out
 
 def _state_cell(training):
     "The state of one training; the reason of a failure stands below the table"
     if training is None:
         return Cell('')
     said = 'see below' if training.state == 'failed' else training.said
-    return Cell(training.state, f'<span class="state {training.state}">{training.state}</span><small>{escape(said)}</small>')
+    mark = f'<span class="state {training.state}">{training.state}</span>'
+    return Cell(training.state, f'{mark}<small>{escape(said)}</small>')
 
 def trainings_part(
     found, # `Found`
@@ -57,9 +61,9 @@ def trainings_part(
     if not states:
         return notes(['No training has begun.'])
     at, folds = {(t.model, t.fold): t for t in states}, sorted({t.fold for t in states})
-    rows = [[m, *(_state_cell(at.get((m, k))) for k in folds)] for m in dict.fromkeys(t.model for t in states)]
-    failed = [p for t in states if t.state == 'failed' for p in _failure(found, t)]
-    return [*_budget(found), wide_table(['', *(f'fold {k}' for k in folds)], rows), *failed]
+    models = dict.fromkeys(m for m, _ in at)
+    rows = [[m, *(_state_cell(at.get((m, k))) for k in folds)] for m in models]
+    return [*_budget(found), wide_table(['', *(f'fold {k}' for k in folds)], rows), *_failures(found)]
 
 def curves_part(
     found, # `Found`
@@ -67,8 +71,8 @@ def curves_part(
     "Losses and Dice of all trainings, and what they took"
     out = notes(['There are no curves yet.'])
     if found.histories:
-        out = [figure_html(plot_curves(found.histories), 'Losses and Dice of all folds. Dice is estimated on patches of '
-                           'validation cases while training; complete scans are scored below.')]
+        caption = 'Losses and Dice of all folds. Dice is estimated on patches; complete scans are scored below.'
+        out = [figure_html(plot_curves(found.histories), caption)]
     if not found.efforts:
         return out
     memory = ' How much memory they took is not known.'
@@ -77,42 +81,20 @@ def curves_part(
     minutes = f'Minutes of each training, {time_text(sum(r["seconds"] for r in found.efforts))} in all.'
     return [*out, figure_html(plot_effort(found.efforts), minutes + memory)]
 
-# %% ../../nbs/app/84_report.ipynb #68e945b0
-_METRICS = dict( # name, format, explanation
-    dice=('Dice', '{:.3f}', 'How far prediction and truth overlap: twice the volume they share over the sum of both volumes. '
-          '1 is perfect, 0 is nothing in common.'),
-    jaccard=('Jaccard', '{:.3f}', 'The shared volume over that of both together. It orders masks as Dice does, '
-             'on a stricter scale.'),
-    sensitivity=('sensitivity', '{:.3f}', 'The part of the true volume that was found. Low: something is missed.'),
-    precision=('precision', '{:.3f}', 'The part of the predicted volume that is right. Low: too much is marked.'),
-    volume_difference=('volume', '{:+.1%}', 'How much larger (+) or smaller (−) than the truth the predicted volume is.'),
-    hd95=('HD95, mm', '{:.2f}', 'How far apart the two outlines are at their worse places: 95 % of their points lie within '
-          'this many mm of the other one.'),
-    surface_dice=('surface Dice', '{:.3f}', 'The part of both outlines that lies within {:g} mm of the other one.'))
-
-def _statistic(values, form):
-    "Mean ± standard deviation, and the median below"
-    if not values:
-        return Cell(None)
-    mean, median = (form.format(f(values)).replace('-', '−') for f in (np.mean, np.median))
-    if len(values) > 1:
-        mean += f' ± {form.format(np.std(values, ddof=1)).lstrip("+")}'
-    return Cell(mean, f'<span class="n">{mean}</span><small>median {median}</small>')
-
+# %% ../../nbs/app/84_report.ipynb #2c1dd2b2
 def _statistics(scores):
     "A row per class: each metric over the cases that have it"
     known, rows = list(scores.all_metrics().values()), []
     metrics = list(known[0][scores.names[0]])
     for n in scores.names:
         values = {m: [c[n][m] for c in known if c[n].get(m) is not None] for m in metrics}
-        rows.append([n, str(len(values['dice'])), *(_statistic(values[m], _METRICS[m][1]) for m in metrics)])
-    return wide_table(['class', 'cases', *(_METRICS[m][0] for m in metrics)], rows), metrics
+        rows.append([n, str(len(values['dice'])), *(spread_cell(values[m], METRIC_TEXTS[m][1]) for m in metrics)])
+    return wide_table(['class', 'cases', *(METRIC_TEXTS[m][0] for m in metrics)], rows), metrics
 
 def _models(found):
     "All models beside each other"
-    all_scores = found.scores.items()
+    all_scores, out = found.scores.items(), []
     table = [dict(models=[m], dice=s.mean, classes=s.classes) for m, (s, _) in all_scores]
-    out = []
     if found.chosen:
         table = found.choice['table']
     else:
@@ -134,15 +116,15 @@ def scores_part(
         return notes(['No validation case has been scored yet.'])
     scores, folds = found.scores[found.best]
     table, metrics = _statistics(scores)
-    numbers = f'fold{"s" * (len(folds) > 1)} {", ".join(map(str, folds))}'
-    over = f'Mean ± standard deviation, and median, over the {len(scores.cases)} validation cases of {numbers}.'
-    lines = (f'<dt>{_METRICS[m][0]}</dt><dd>{escape(_METRICS[m][2].format(scores.tolerance))}</dd>' for m in metrics)
-    return [paragraph('Every number here is about scans that the network did not train on: each case is scored by '
-                      'the fold for which it is a validation case.'), *_models(found),
-            heading(f'All metrics of {found.best}'), paragraph(over), table, *notes([*scores.warnings, *scores._said()]),
-            Html(f'<dl>{"".join(lines)}</dl>')]
+    numbers = ', '.join(map(str, folds))
+    over = f'Mean ± standard deviation, and median, over the {len(scores.cases)} validation cases of fold {numbers}.'
+    meanings = definitions((METRIC_TEXTS[m][0], METRIC_TEXTS[m][2].format(scores.tolerance)) for m in metrics)
+    lead = 'Every number is about validation cases: each case is scored by the fold that did not train on it.'
+    said = notes([*scores.warnings, *scores._said()])
+    return [paragraph(lead), *_models(found), heading(f'All metrics of {found.best}'), paragraph(over), table, *said,
+            meanings]
 
-# %% ../../nbs/app/84_report.ipynb #9b2a8ef7
+# %% ../../nbs/app/84_report.ipynb #05f3d832
 def _mask_files(found):
     "case → mask of the best"
     name = found.best
@@ -151,6 +133,8 @@ def _mask_files(found):
         folders = [found.work.cross_validation(name.split('+'))/'masks']
     files = [f for d in folders if d.exists() for f in sorted(d.iterdir())]
     return {split_name(f)[0]: f for f in files if split_name(f)[1] and not f.name.startswith('.')}
+
+def _known(dice): return [v for v in dice.values() if v is not None]
 
 def _case_of(found, id):
     "The scan of a case; InputError if it is not known"
@@ -181,7 +165,7 @@ def cases_part(
     if not found.best:
         return notes(['No validation case has been scored yet.'])
     scores = found.scores[found.best][0]
-    known = {k: [v for v in c.values() if v is not None] for k, c in scores.cases.items()}
+    known = {k: _known(c) for k, c in scores.cases.items()}
     ids = [k for k in scores.ranked() if known[k]]
     if not ids:
         return notes(['No case holds anything to find.'])
@@ -196,12 +180,12 @@ def cases_part(
     return [paragraph(lead), wide_table(['case', 'mean Dice', *scores.names[:12]], rows),
             *(_picture(found, i, what, masks) for i, what in shown.items())]
 
-# %% ../../nbs/app/84_report.ipynb #b6ea0c76
+# %% ../../nbs/app/84_report.ipynb #2a1d214c
 def _margin(found, choice):
     "How the margin of the chosen model compares with the scatter of the cases"
     if choice.margin is None or found.best not in found.scores:
         return []
-    cases = [[d for d in c.values() if d is not None] for c in found.scores[found.best][0].cases.values()]
+    cases = map(_known, found.scores[found.best][0].cases.values())
     sd = np.std([np.mean(c) for c in cases if c])
     small = 'The margin is small beside that: either would do.'
     said = small if choice.margin < sd / 2 else 'The margin is not small beside that.'
@@ -209,9 +193,8 @@ def _margin(found, choice):
 
 def _trained_later(found):
     "A note about a model that was trained again after the choice"
-    chosen_at = found.work.ensemble_file.stat().st_mtime
-    singles = [(m, k) for m, (_, folds) in found.scores.items() if '+' not in m for k in folds]
-    newer = [m for m, k in singles if found.work.fold(m, k).scores.stat().st_mtime > chosen_at]
+    files = [(m, found.work.fold(m, k).scores) for m, (_, folds) in found.scores.items() if '+' not in m for k in folds]
+    newer = [m for m, f in files if f.stat().st_mtime > found.work.ensemble_file.stat().st_mtime]
     return notes([f'{newer[0]} was trained again after this choice; autounet run chooses again.'] if newer else [])
 
 def choice_part(
@@ -236,9 +219,10 @@ def _prices(found):
     if not prices:
         return notes(['What a quicker prediction costs was not measured.'])
     head, *rows = prices.rows()
-    said = (f'Measured on {prices.scans} validation scan{"s" * (prices.scans > 1)} with one fold; several folds take as many '
-            'times as long. autounet predict WORK SCANS OUT takes the first line, with --fast or --best those that are '
-            'named so, with --seconds S the best one that takes at most S seconds.')
+    scans = f'{prices.scans} validation scan{"s" * (prices.scans > 1)}'
+    said = (f'Measured on {scans} with one fold; several folds take as many times as long. '
+            'autounet predict WORK SCANS OUT takes the first line, with --fast or --best the lines of that name, '
+            'with --seconds S the best one that takes at most S seconds.')
     return [heading('What a quicker prediction costs'), paragraph(said), wide_table(head, rows)]
 
 def predict_part(
@@ -253,19 +237,18 @@ def predict_part(
         channels = f'A scan needs {len(names)} channel{"s" * (len(names) > 1)}, in this order: {", ".join(names)}. '
     grid = 'The masks lie on the grid of each scan, with the values of the training masks.'
     python = 'from autounet_nb.inference.predict import predict', f'predict({str(found.work)!r}, "SCANS", "OUT")'
-    return [paragraph(channels + grid), code_lines(shlex.join(['autounet', 'predict', str(found.work), 'SCANS', 'OUT'])),
-            paragraph('or in Python'), code_lines(*python), *_prices(found),
-            *notes(['Results on scans of another scanner, protocol or group of patients may be worse than anything here '
-                    'says. Look at the masks.'])]
+    typed = shlex.join(['autounet', 'predict', str(found.work), 'SCANS', 'OUT'])
+    care = ('Results on scans of another scanner, protocol or group of patients may be worse than anything here says. '
+            'Look at the masks.')
+    return [paragraph(channels + grid), code_box(typed), paragraph('or in Python'), code_box(*python),
+            *_prices(found), *notes([care])]
 
-# %% ../../nbs/app/84_report.ipynb #64dbde48
+# %% ../../nbs/app/84_report.ipynb #d23a2c9f
 _PARTS = dict(
     made=('How it was made', made_part), data=('The dataset', dataset_part), plan=('The plan', plan_part),
     trainings=('Trainings', trainings_part), curves=('Learning curves', curves_part), scores=('Scores', scores_part),
     cases=('Worst and median cases', cases_part), choice=('The choice', choice_part),
     predict=('Segmenting new scans', predict_part))
-_FOOT = (f'Made by autounet_nb {__version__}, after the nnU-Net paper (arXiv 1809.10486). For research, not for diagnosis. '
-         'This file holds names of cases and pictures of scans: share it as you would share those.')
 
 def _part(part, found):
     "A section; if it cannot be made, it says so"
@@ -282,7 +265,7 @@ def _page(found):
     counts = found.status.counts()
     lead = f'Self-configured segmentation, {stamp()}' + (f'. Trainings: {counts}' if counts else '')
     top = ''.join([paragraph(lead), *notes(dict.fromkeys(found.notes)), numbers])
-    return page_html(found.name, top, sections, _FOOT)
+    return page_html(found.name, top, sections)
 
 def report(
     work, # work folder, of a run that is finished or not
@@ -292,8 +275,8 @@ def report(
     work = Work(work)
     begun = work.cases_file, work.fingerprint_file, work.plan_file, work.run_file
     if not any(f.exists() for f in begun):
-        names = ', '.join(f.name for f in begun)
-        raise InputError(work, f'there is nothing to report on, none of {names}', 'give the folder of a run', 'no-run')
+        raise InputError(work, f'there is nothing to report on, none of {", ".join(f.name for f in begun)}',
+                         'give the folder of a run', 'no-run')
     page = _page(Found(work, dataset))
     with atomic(work.report_file) as tmp:
         tmp.write_text(page, encoding='utf-8', errors='replace')
