@@ -101,7 +101,7 @@ def test_the_command(autounet, one_line, tmp_path, prepared):
     p = autounet('run', prepared/'scans', 'work', '--models', '2d', '--folds', '0', '--steps', '2', '--hardware', 'cpu', '--device', 'cpu', '--cluster', 'local:2', cwd=tmp_path)
     assert p.returncode == 0, p.stderr
     assert '2d, fold 0 is done' in p.stdout and (tmp_path/'work'/'ensemble.json').exists()
-    one_line(autounet('run', prepared/'scans', tmp_path/'other', '--cluster', 'tcp://127.0.0.1:9'), 'No scheduler answers at tcp://127.0.0.1:9')
+    one_line(autounet('run', prepared/'scans', tmp_path/'other', '--cluster', 'tcp://127.0.0.1:9'), 'tcp://127.0.0.1:9: no scheduler answers')
     one_line(autounet('run', prepared/'scans', prepared/'scans', '--cluster', 'local:1'), 'lies in the work folder')
 
 def test_everything_can_be_imported_without_dask():
