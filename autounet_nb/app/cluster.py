@@ -10,18 +10,22 @@ from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 import logging, os, platform, signal, time, uuid
 import torch
-from ..core.errors import DataError
+from ..core.errors import InputError, MissingPackage, WorkerDied
+from ..core.work import Work
 from ..evaluation.cascade import first_stage
-from ..evaluation.cross_validation import fold_folder
 from ..evaluation.status import SILENCE, training_state
 
 # %% ../../nbs/app/81_cluster.ipynb #31f64feb
 _HERE = dict(host='127.0.0.1', protocol='tls://', dashboard=False)
+_QUIET = {'distributed.nanny.pre-spawn-environ': {}, 'distributed.scheduler.http.routes': [],
+          'distributed.worker.http.routes': []}
 
 def _dask():
-    "The package `distributed`, or a InputError that says how to get it"
-    try: import cryptography, dask, distributed
-    except ModuleNotFoundError as e: raise DataError(f'A cluster needs the package {e.name}: pip install autounet_nb[cluster]') from None
+    "The package `distributed`, or an error that says how to get it"
+    try:
+        import cryptography, dask, distributed # noqa: F401
+    except ModuleNotFoundError as e:
+        raise MissingPackage.of('A cluster', e.name, 'cluster') from None
     return distributed
 
 def _gpus():
@@ -29,15 +33,23 @@ def _gpus():
     n, named = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES')
     return named.split(',')[:n] if named else [str(i) for i in range(n)]
 
+def _worker(own, gpus, i):
+    "What Dask needs to start worker `i`; each of the first workers has a GPU, if there are any"
+    env, resources = {}, {}
+    if gpus:
+        env = dict(CUDA_VISIBLE_DEVICES=gpus[i] if i < len(gpus) else '')
+    if i < len(gpus):
+        resources = {'GPU': 1}
+    return dict(own, nthreads=1, memory_limit=0, silence_logs=logging.ERROR, env=env, resources=resources)
+
 def _local_cluster(n):
-    "A scheduler and `n` workers, of which nothing is seen from outside; each of the first has a GPU, if there are any"
+    "A scheduler and `n` workers on this machine, of which nothing is seen from outside"
     dd, gpus = _dask(), _gpus()
     from dask import config
     own = dict(_HERE, security=dd.Security.temporary())
-    one = lambda gpu: dict(nthreads=1, memory_limit=0, silence_logs=logging.ERROR, env=dict(CUDA_VISIBLE_DEVICES=gpu) if gpus else {}, resources={'GPU': 1} if gpu else {})
-    workers = {i: dict(cls=dd.Nanny, options=own | one(gpus[i] if i < len(gpus) else '')) for i in range(n)}
-    scheduler = dict(cls=dd.Scheduler, options=own | dict(port=0, dashboard_address='127.0.0.1:0'))
-    with config.set({'distributed.nanny.pre-spawn-environ': {}, 'distributed.scheduler.http.routes': [], 'distributed.worker.http.routes': []}):
+    workers = {i: dict(cls=dd.Nanny, options=_worker(own, gpus, i)) for i in range(n)}
+    scheduler = dict(cls=dd.Scheduler, options=dict(own, port=0, dashboard_address='127.0.0.1:0'))
+    with config.set(_QUIET):
         return dd.SpecCluster(workers, scheduler, security=own['security'], silence_logs=logging.ERROR, name='autounet')
 
 def _deaf():
@@ -46,89 +58,163 @@ def _deaf():
         def setup(self, worker): signal.signal(signal.SIGINT, signal.SIG_IGN)
     return Deaf()
 
+def _connected(where, timeout):
+    "A client of the scheduler at this address"
+    try:
+        return _dask().Client(where, timeout=timeout)
+    except (OSError, ValueError) as e:
+        fix = 'start one with `dask scheduler`, and see that this machine can reach it'
+        raise InputError(where, f'no scheduler answers ({type(e).__name__})', fix, 'no-cluster') from None
+
 @contextmanager
 def cluster_client(
     where, # 'local:N', the address of a scheduler, or a Dask `Client`
     timeout=10, # seconds to wait for a scheduler
 ):
     "A Dask `Client`; what was started for it is ended with it"
-    if not isinstance(where, str): yield where; return
-    kind, _, n = where.partition(':')
-    if kind == 'local' and not (n.isdecimal() and int(n)) or kind != 'local' and '://' not in where:
-        raise DataError(f'{where!r} is no cluster: say local:4 for four processes on this machine, or the address of a scheduler such as tcp://machine:8786.')
-    dd = _dask()
-    if kind == 'local':
-        with _local_cluster(int(n)) as cluster, closing(dd.Client(cluster)) as client: client.register_plugin(_deaf()); yield client
-        return
-    try: client = dd.Client(where, timeout=timeout)
-    except (OSError, ValueError) as e: raise DataError(f'No scheduler answers at {where} ({type(e).__name__}): start one with `dask scheduler`, and see that this machine can reach it.') from None
-    with closing(client): yield client
+    if not isinstance(where, str):
+        yield where
+    elif where.startswith('local:') and where[6:].isdecimal() and int(where[6:]):
+        with _local_cluster(int(where[6:])) as cluster, closing(_dask().Client(cluster)) as client:
+            client.register_plugin(_deaf())
+            yield client
+    elif '://' in where:
+        with closing(_connected(where, timeout)) as client:
+            yield client
+    else:
+        raise InputError(where, 'this is no cluster', 'say local:4 for four processes on this machine, '
+                         'or the address of a scheduler such as tcp://machine:8786', 'no-cluster')
 
 # %% ../../nbs/app/81_cluster.ipynb #790157bd
-def _what_it_has(path, dask_worker):
+def _facts(path, dask_worker):
     "What a worker says about itself"
-    return dict(address=dask_worker.address, host=platform.node(), threads=dask_worker.state.nthreads, gpu=bool(dask_worker.state.total_resources.get('GPU')), sees=Path(path).exists())
+    state = dask_worker.state
+    return dict(where=f'worker {dask_worker.address} on {platform.node()}', threads=state.nthreads,
+                gpu=bool(state.total_resources.get('GPU')), sees=Path(path).exists())
+
+def _ask_workers(client, work):
+    "The facts of all workers, each of which looks for a file of a new name in the work folder"
+    token = work.root/f'.{uuid.uuid4().hex}' # a new name, which no network file system remembers as missing
+    token.touch()
+    try:
+        return list(client.run(_facts, token).values())
+    except ModuleNotFoundError as e:
+        raise InputError('a worker of the cluster', f'the package {e.name} is missing there',
+                         'install autounet_nb where the worker runs', 'missing-package') from None
+    finally:
+        token.unlink()
+
+def _unshared(where, work):
+    "The error about a work folder that a worker does not see"
+    return InputError(where, f'this process does not see the work folder {work}',
+                      'choose a folder that all machines share under the same path', 'not-shared')
+
+def _training_device(device, gpus, workers):
+    "Where to train, and how many workers can do that"
+    device = str(device or ('cuda' if gpus else 'cpu'))
+    if not device.startswith('cuda'):
+        return device, workers
+    if not gpus:
+        raise InputError('the cluster', 'no worker says that it has a GPU',
+                         'start workers with --resources "GPU=1", or train with --device cpu', 'no-gpu')
+    return device, gpus
 
 def check_workers(
     client, # Dask `Client`
     work, # work folder
     device=None, # where to train; None: on GPUs if a worker has one
 ) -> tuple: # device, number of workers that can train there
-    "Where the workers will train, and how many can; InputError where one can't do its work"
-    if not client.nthreads(): print('Waiting for the first worker of the cluster …', flush=True); client.wait_for_workers(1)
-    work = Path(work).absolute()
-    work.mkdir(parents=True, exist_ok=True)
-    token = work/f'.{uuid.uuid4().hex}' # a new name, which no network file system remembers as missing
-    token.touch()
-    try: found = list(client.run(_what_it_has, token).values())
-    except ModuleNotFoundError as e: raise DataError(f'A worker of the cluster lacks the package {e.name}: install autounet_nb where it runs.') from None
-    finally: token.unlink()
+    "Where the workers will train, and how many can; InputError if one cannot do its work"
+    if not client.nthreads():
+        print('Waiting for the first worker of the cluster …', flush=True)
+        client.wait_for_workers(1)
+    work = Work(Work(work).root.absolute())
+    work.root.mkdir(parents=True, exist_ok=True)
+    found = _ask_workers(client, work)
     for w in found:
-        if not w['sees']: raise DataError(f'The worker {w["address"]} on {w["host"]} does not see the work folder {work}: choose one that all machines share under the same path.')
-        if w['threads'] != 1: raise DataError(f'The worker {w["address"]} does {w["threads"]} things at once, and two trainings in one process disturb each other: start it with --nthreads 1.')
-    gpus = sum(w['gpu'] for w in found)
-    device = str(device or ('cuda' if gpus else 'cpu'))
-    if device.startswith('cuda') and not gpus: raise DataError('No worker of the cluster says that it has a GPU: start workers with --resources "GPU=1", or train with --device cpu.')
-    return device, gpus if device.startswith('cuda') else len(found)
+        if not w['sees']:
+            raise _unshared(w['where'], work)
+        if w['threads'] != 1:
+            raise InputError(w['where'], f'this worker has {w["threads"]} threads, and two trainings in one process '
+                             'disturb each other', 'start the worker with --nthreads 1', 'threads')
+    return _training_device(device, sum(w['gpu'] for w in found), len(found))
 
 # %% ../../nbs/app/81_cluster.ipynb #3948e13a
-def _wait_for_another(work, model, fold):
-    "Wait while another process trains this very fold"
-    beat, said = fold_folder(work, model, fold)/'progress.json', False
-    while training_state(work, model, fold).state == 'running':
+def _wait_for_another(fold, state):
+    "Wait while another process trains this very fold, which `state` tells"
+    said = False
+    while state() == 'running':
         try:
-            if time.time() - beat.stat().st_mtime > SILENCE: return # its number lives on in another process
-        except FileNotFoundError: return
-        if not said: print('Another process trains this fold: waiting for it to end.', flush=True); said = True
+            if time.time() - fold.progress.stat().st_mtime > SILENCE:
+                return # its number lives on in another process
+        except FileNotFoundError:
+            return
+        if not said:
+            print('Another process trains this fold: waiting for it to end.', flush=True)
+            said = True
         time.sleep(1)
 
-def _on_worker(train, work, model, fold, threads, first):
+def _logged_training(train, work, model, fold):
+    "One training that prints into its own folder, after any other process on the same fold"
+    files = work.fold(model, fold)
+    files.root.mkdir(parents=True, exist_ok=True)
+    with open(files.log, 'a', buffering=1, encoding='utf-8') as f, redirect_stdout(f), redirect_stderr(f):
+        _wait_for_another(files, lambda: training_state(work, model, fold).state)
+        return train(model, fold)
+
+def _on_worker(train, work, job, threads, first):
     "One training on a worker: its row, or the exception; None if the first stage that it needs has failed"
-    if any(isinstance(o, Exception) for o in first): return None
+    if any(isinstance(o, Exception) for o in first):
+        return None
     try:
-        if not (work/'plan.json').exists(): raise DataError(f'The worker on {platform.node()} does not see {work/"plan.json"}: choose a work folder that all machines share under the same path.')
+        if not work.plan_file.exists():
+            raise _unshared(f'worker on {platform.node()}', work)
         torch.set_num_threads(threads)
-        log = fold_folder(work, model, fold)/'log.txt'
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, 'a', buffering=1, encoding='utf-8') as f, redirect_stdout(f), redirect_stderr(f):
-            _wait_for_another(work, model, fold)
-            return train(model, fold)
-    except Exception as e: return e
+        return _logged_training(train, work, *job)
+    except Exception as e:
+        return e
 
 def _between(stage, work, first):
-    "What a cascade's second stage gets from its first: done once, before many need it"
+    "What the second stage of a cascade gets from the first: done once, before many need it; an exception if it failed"
     failed = [r for r in first if isinstance(r, Exception)]
-    try: return failed[0] if failed else stage(work) and None
-    except Exception as e: return e
+    if failed:
+        return failed[0]
+    try:
+        stage(work)
+    except Exception as e:
+        return e
 
 # %% ../../nbs/app/81_cluster.ipynb #cb19da6c
 def training_rounds(
     jobs, # of (model, fold)
     workers, # number of them
 ) -> int:
-    "How many trainings there will be one after the other; a cascade's second stage begins when the first is done"
+    "How many trainings follow one another; the second stage of a cascade begins when the first is done"
     second = sum(m == '3d_cascade' for m, _ in jobs)
     return -(-(len(jobs) - second) // workers) + -(-second // workers)
+
+# %% ../../nbs/app/81_cluster.ipynb #48e5f839
+class _Tasks:
+    "The trainings of one run as tasks of Dask"
+    def __init__(self, client, work, train, device):
+        self.client, self.work, self.train = client, Work(Work(work).root.absolute()), train
+        self.resources = {'GPU': 1} if device.startswith('cuda') else None
+
+    def submit(self, job, first=()):
+        "A training, after the tasks that it needs"
+        key = f'training-{job[0]}-{job[1]}-{uuid.uuid4().hex}'
+        return self.client.submit(_on_worker, self.train, self.work, job, torch.get_num_threads(), first, key=key,
+                                  resources=self.resources)
+
+    def all(self, jobs, between):
+        "future → (model, fold), the second stage of a cascade after what lies between its stages"
+        waiting = {self.submit(j): j for j in jobs if j[0] != '3d_cascade'}
+        second = [j for j in jobs if j[0] == '3d_cascade']
+        if second:
+            first = [f for f, (m, _) in waiting.items() if m == '3d_lowres']
+            masks = self.client.submit(_between, between, self.work, first, pure=False)
+            waiting |= {self.submit(j, [masks]): j for j in second}
+        return waiting
 
 def run_trainings(
     client, # Dask `Client`
@@ -138,16 +224,14 @@ def run_trainings(
     device='cpu', # for 'cuda' each training is given a worker with a GPU
     between=first_stage, # of the work folder, done once between the two stages of a cascade
 ):
-    "Have the workers do all trainings; yields ((model, fold), row or exception) as they finish. Those whose first stage failed are left out"
-    dd, work, need = _dask(), Path(work).absolute(), {'GPU': 1} if device.startswith('cuda') else None
-    def submit(job, first=()):
-        return client.submit(_on_worker, train, work, *job, torch.get_num_threads(), first, key=f'training-{job[0]}-{job[1]}-{uuid.uuid4().hex}', resources=need)
-    waiting = {submit(j): j for j in jobs if j[0] != '3d_cascade'}
-    if second := [j for j in jobs if j[0] == '3d_cascade']:
-        masks = client.submit(_between, between, work, [f for f, (m, _) in waiting.items() if m == '3d_lowres'], pure=False)
-        waiting |= {submit(j, [masks]): j for j in second}
-    for future in dd.as_completed(list(waiting), loop=client.loop):
-        job, died = waiting[future], future.exception()
-        if died and getattr(died, 'task', future.key) != future.key: continue # one that this one needs died
-        if died: yield job, DataError('the worker that was on it died, and so did those that took it up again; look whether they have enough memory')
-        elif (row := future.result()) is not None: yield job, row
+    "Yield ((model, fold), row or exception) as the workers finish; those whose first stage failed are left out"
+    waiting = _Tasks(client, work, train, device).all(jobs, between)
+    for future in _dask().as_completed(list(waiting), loop=client.loop):
+        died = future.exception()
+        if died and getattr(died, 'task', future.key) != future.key:
+            continue # a task that this one needs died
+        if died:
+            yield waiting[future], WorkerDied('the worker of this training', 'it died, and so did those that took the '
+                                              'training up again', 'see whether they have enough memory')
+        elif (row := future.result()) is not None:
+            yield waiting[future], row

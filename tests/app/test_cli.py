@@ -8,11 +8,32 @@ from autounet_nb.data.phantom import make_phantoms
 def test_help_is_quick_and_names_every_command(autounet):
     p = autounet('--help')
     assert p.returncode == 0
-    for c in 'check fingerprint plan preprocess train run predict evaluate demo'.split():
+    for c in 'check fingerprint run plan explore preprocess train status report predict evaluate demo'.split():
         assert f'\n    {c}' in p.stdout
         assert autounet(c, '--help').returncode == 0
-    loaded = subprocess.run([sys.executable, '-c', 'import sys, autounet_nb, autounet_nb.app.cli; print([m for m in ("torch", "fastai", "SimpleITK", "matplotlib") if m in sys.modules])'], capture_output=True, text=True)
+    code = 'import sys, autounet_nb, autounet_nb.app.cli; print([m for m in ("torch", "fastai", "SimpleITK", "matplotlib", "numpy") if m in sys.modules])'
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert loaded.stdout.strip() == '[]'
+
+def processor_seconds(code):
+    "The least of three"
+    def once():
+        before = sum(os.times()[2:4])
+        subprocess.run([sys.executable, '-c', code], capture_output=True)
+        return sum(os.times()[2:4]) - before
+    return min(once() for _ in range(3))
+
+def test_help_takes_a_tenth_of_a_second():
+    help = processor_seconds('import sys; from autounet_nb.app.cli import main; sys.exit(main(["--help"]))')
+    assert help - processor_seconds('pass') < .1
+
+def test_version(autounet):
+    from autounet_nb import __version__
+    p = autounet('--version')
+    assert p.returncode == 0 and p.stdout.strip() == f'autounet_nb {__version__}'
+
+def test_a_folder_without_a_fingerprint(trained, autounet, one_line):
+    one_line(autounet('plan', trained/'scans'), 'has no fingerprint yet', 'autounet fingerprint')
 
 def test_run_leaves_everything_that_is_promised(trained):
     work = trained/'work'
