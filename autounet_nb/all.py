@@ -56,10 +56,10 @@ from .evaluation.cross_validation import validate_fold
 from .evaluation.choose import choose
 
 # Everything in one call
-from .evaluation.status import status
 from .app.forecast import forecast
 from .app.run import run, demo
 from .app.train_all import cross_validate
+from .app.status import status
 from .app.report import report
 from .app.explorer import PlanExplorer
 

@@ -166,11 +166,11 @@ def _train_command(a):
 def _run_command(a):
     "All steps, from a folder of scans and masks to trained and scored models; call it again to go on"
     from autounet_nb.app.run import run
-    run(_dataset(a), a.work, own=a.splits, **{k: getattr(a, k) for k in _RUN if k not in ('own', 'client')})
+    run(_dataset(a), a.work, **{k: getattr(a, k) for k in _RUN if k != 'client'})
 
 def _status_command(a):
     "Which trainings are done, running, stopped, failed or waiting"
-    from autounet_nb.evaluation.status import status
+    from autounet_nb.app.status import status
     print(status(a.work))
 
 def _report_command(a):
@@ -206,7 +206,7 @@ _RUN_OPTIONS = (
     _option('--models', type=_names, metavar='NAMES', help=_RUN['models'] + '; with --minutes they may take part'),
     _option('--folds', type=_numbers, metavar='NUMBERS', help=_RUN['folds']),
     _option('--patients', metavar='P', help=_RUN['patients'] + ' with the columns case and patient'),
-    _option('--splits', metavar='FILE', help=_RUN['own']),
+    _option('--splits', metavar='FILE', help=_RUN['splits']),
     _option('--cluster', metavar='C', help=_RUN['cluster']))
 _PLAN_OPTIONS = (
     _output('where to write the plan (default: plan.json in the work folder; nowhere for a single file)'),

@@ -35,7 +35,7 @@ from ..evaluation.choose import Choice, choose
 from ..evaluation.cross_validation import trainings
 from ..evaluation.pricing import measure_prices
 from ..evaluation.evaluate import evaluate
-from ..evaluation.status import save_figure
+from .status import save_figure
 from .cluster import check_workers, cluster_client, training_rounds
 from .forecast import forecast
 from .report import report
@@ -142,8 +142,8 @@ def _checked_data(data, work, options):
     ids = [c.id for c in dataset]
     if options.patients is not None:
         read_patients(options.patients, ids)
-    if options.own is not None:
-        read_splits(options.own, ids)
+    if options.splits is not None:
+        read_splits(options.splits, ids)
     check_separate(dataset, work)
     return dataset
 
@@ -161,7 +161,7 @@ def _forecast_options(options, folds):
 def _trainings(work, dataset, plan, options, ledger, workers):
     "A function that trains and validates as the options say, and returns the rows"
     names = models_to_train(plan, options.models)
-    splits = work_splits(work, [c.id for c in dataset], seed=options.seed, patients=options.patients, own=options.own)
+    splits = work_splits(work, [c.id for c in dataset], seed=options.seed, patients=options.patients, custom=options.splits)
     folds = range(len(splits)) if options.folds is None else options.folds
     named = options.models is not None
     if ledger:

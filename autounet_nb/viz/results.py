@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from ..core.text import bytes_text
 from ..planning.rules import coarsest_axis
-from .dataset import _color, _panel
+from .scan import color_of, show_contours
 from .scan import gray_window, show_slice
 
 # %% ../../nbs/viz/45_results.ipynb #1beec12d
@@ -35,7 +35,7 @@ def plot_curves(
     axes = fig.subplots(len(histories), 2, squeeze=False)
     for (left, right), (model, folds) in zip(axes, histories.items()):
         for k, rows in folds.items():
-            _plot_history(left, right, rows, _color(k))
+            _plot_history(left, right, rows, color_of(k))
         left.set_title(f'{model}: loss', fontsize=9)
         right.set_title(f'{model}: Dice on validation patches', fontsize=9)
         right.set(ylim=(0, 1))
@@ -44,7 +44,7 @@ def plot_curves(
         ax.tick_params(labelsize=8)
         ax.set_xlabel('step', fontsize=8)
     numbers = sorted({k for folds in histories.values() for k in folds})
-    lines = [Line2D([], [], color=_color(k), label=f'fold {k}') for k in numbers]
+    lines = [Line2D([], [], color=color_of(k), label=f'fold {k}') for k in numbers]
     lines += [Line2D([], [], color='.5', ls=s, label=n) for s, n in ((':', 'training'), ('-', 'validation'))]
     fig.legend(handles=lines, loc='outside lower center', ncols=7, fontsize=8, frameon=False)
     return fig
@@ -60,7 +60,7 @@ def plot_effort(
     minutes = [r['seconds'] / 60 for r in rows]
     fig = Figure(figsize=(8, .9 + .24 * len(rows)), layout='constrained')
     ax = fig.subplots()
-    ax.barh(range(len(rows)), minutes, color=[_color(models.index(r['model'])) for r in rows], height=.7)
+    ax.barh(range(len(rows)), minutes, color=[color_of(models.index(r['model'])) for r in rows], height=.7)
     for i, (m, r) in enumerate(zip(minutes, rows)):
         ax.text(m, i, _effort_text(m, r['memory']), va='center', fontsize=8)
     ax.set_yticks(range(len(rows)), [f'{r["model"]}, fold {r["fold"]}' for r in rows])
@@ -76,7 +76,7 @@ _BOX = {part: dict(color='.6') for part in ('boxprops', 'whiskerprops', 'capprop
 def _plot_cases(ax, i, dice):
     "Row `i`: a dot for each case, and a box around the middle half of them"
     apart = .5 * ((np.arange(len(dice)) * .618 + .5) % 1 - .5) # golden ratio: neighbors lie apart
-    ax.plot(dice, i + apart, '.', color=_color(i), ms=7, alpha=.75, mew=0)
+    ax.plot(dice, i + apart, '.', color=color_of(i), ms=7, alpha=.75, mew=0)
     if dice:
         ax.boxplot(dice, positions=[i], orientation='horizontal', widths=.7, showfliers=False,
                    medianprops=dict(color='k', lw=1.6), **_BOX)
@@ -171,7 +171,7 @@ def _show_zoom(axs, zoom, half):
 def _show_key(fig, classes, wrong, names):
     "What the colors mean"
     called = {v: k for k, v in (names or {}).items()}
-    key = [Line2D([], [], color=_color(k), label=str(called.get(k, f'class {k}'))[:24]) for k in classes[:8]]
+    key = [Line2D([], [], color=color_of(k), label=str(called.get(k, f'class {k}'))[:24]) for k in classes[:8]]
     kinds = list(_WRONG.items())
     key += [Rectangle((0, 0), 1, 1, color=kinds[k - 1][1], label=kinds[k - 1][0]) for k in wrong]
     if key:
@@ -190,7 +190,7 @@ def plot_errors(
     fig = Figure(figsize=(9.6, 3), dpi=110, layout='constrained', facecolor='k')
     axs = fig.subplots(1, 4)
     for ax, mask in zip(axs, (truth, truth, found)):
-        _panel(ax, image, mask, mm, window)
+        show_contours(ax, image, mask, mm, window)
     extent = show_slice(axs[3], image, mm, window)
     axs[3].set_axis_off()
     _show_mistakes(axs[3], wrong, extent)
