@@ -161,7 +161,8 @@ def _forecast_options(options, folds):
 def _trainings(work, dataset, plan, options, ledger, workers):
     "A function that trains and validates as the options say, and returns the rows"
     names = models_to_train(plan, options.models)
-    splits = work_splits(work, [c.id for c in dataset], seed=options.seed, patients=options.patients, custom=options.splits)
+    ids = [c.id for c in dataset]
+    splits = work_splits(work, ids, seed=options.seed, patients=options.patients, custom=options.splits)
     folds = range(len(splits)) if options.folds is None else options.folds
     named = options.models is not None
     if ledger:

@@ -172,7 +172,8 @@ def cross_validate(
     options = RunOptions(models, folds, **options)
     work = Work(work)
     names = models_to_train(Plan.load(work.plan_file), models)
-    splits = work_splits(work, [c.id for c in dataset], seed=options.seed, patients=options.patients, custom=options.splits)
+    ids = [c.id for c in dataset]
+    splits = work_splits(work, ids, seed=options.seed, patients=options.patients, custom=options.splits)
     numbers = chosen_folds(splits, folds)
     jobs = trainings(names, numbers, len(splits))
     work, options, workers = _on_workers(work, options)

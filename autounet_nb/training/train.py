@@ -181,7 +181,8 @@ def _new_job(work, model, fold, options, own):
         config = small_batches(config, max(options.processes, rank_and_size()[1]))
     split = check_fold(work_splits(work, _case_ids(work, config), seed=options.seed), fold)
     train, valid = (preprocessed_cases(work, config, split[k]) for k in ('train', 'valid'))
-    recipe = dict(config=vars(config), split=split, data=data_key(train + valid), intensity_properties=plan.intensity_properties,
+    recipe = dict(config=vars(config), split=split, data=data_key(train + valid),
+                  intensity_properties=plan.intensity_properties,
                   clock=options.minutes is not None, steps=options.steps, seed=options.seed,
                   own=[str(o) for o in own if o is not None])
     return _Job(work.fold(model, fold), config, train, valid, json.loads(json.dumps(recipe)))
