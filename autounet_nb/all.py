@@ -24,6 +24,7 @@ from .preprocessing.preprocess import *
 from .preprocessing.splits import *
 from .viz.dataset import *
 from .viz.plan import *
+from .viz.results import *
 from .training.unet import *
 from .training.weights import *
 from .training.loss import *
@@ -48,6 +49,7 @@ from .evaluation.budget import *
 from .evaluation.status import *
 from .app.forecast import *
 from .app.cluster import *
+from .app.train_all import *
 from .app.report import *
 from .app.run import *
 from .app.choices import *
