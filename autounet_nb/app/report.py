@@ -121,7 +121,7 @@ def scores_part(
     over = f'Mean ± standard deviation, and median, over the {len(scores.cases)} validation cases of fold {numbers}.'
     meanings = definitions((METRIC_TEXTS[m][0], METRIC_TEXTS[m][2].format(scores.tolerance)) for m in metrics)
     lead = 'Every number is about validation cases: each case is scored by the fold that did not train on it.'
-    said = notes([*scores.warnings, *scores._said()])
+    said = notes([*scores.warnings, *scores.notes()])
     return [paragraph(lead), *_models(found), heading(f'All metrics of {found.best}'), paragraph(over), table, *said,
             meanings]
 
@@ -210,7 +210,7 @@ def choice_part(
             for n, e in choice.postprocessing.items()]
     rule = ('A class that was one connected component in all training masks is taken to be one in every scan: '
             'smaller components are removed.')
-    return [paragraph(choice._said()[0]), *_margin(found, choice), *_trained_later(found),
+    return [paragraph(choice.sentences()[0]), *_margin(found, choice), *_trained_later(found),
             heading('Only the largest component'), paragraph(rule),
             wide_table(['class', 'applied', 'Dice with it', 'without'], rows)]
 

@@ -166,7 +166,7 @@ def commands(
     if asked.get('minutes'):
         said.append('The minutes are those of a clock: a faster machine gets further in them. '
                     'The same number of --steps gives the same result anywhere.')
-    if not Plan.untouched(found.work.plan_file):
+    if Plan.is_edited(found.work.plan_file):
         said.append(f'{found.work.plan_file.name} was changed in an editor: copy it into the new folder first.')
     return [shlex.join(['autounet', *l]) for l in lines], [s for s in said if s]
 
@@ -275,7 +275,7 @@ def plan_part(
     if plan.edits:
         edits = ', '.join(setting_text(k, v) for k, v in plan.edits.items())
         said = f'Set by hand: {edits}. Everything else follows from the data.'
-    edited = [] if Plan.untouched(found.work.plan_file) else notes(
+    edited = [] if not Plan.is_edited(found.work.plan_file) else notes(
         ['The file was changed in an editor after it was made; its reasons may be those of the values before.'])
     rows = [(f.replace('_', ' '), *(value_text(getattr(c, f), f) for c in plan.models.values())) for f in _FIELDS]
     patch = 'What one network sees at a time, its patch, on the median case, to scale, in three planes.'
