@@ -28,17 +28,17 @@ from .cluster import check_workers, run_trainings, training_rounds
 @dataclass(frozen=True)
 class RunOptions:
     "What a run is asked for"
-    models: list = None # names; all models of the plan if None
-    folds: list = None # numbers, from 0; all folds if None
+    models: list = None # names, such as 2d,3d; by default all models of the plan
+    folds: list = None # numbers from 0, such as 0,1; by default all folds
     minutes: float = None # budget on the clock: of all trainings together in `run`, of each in `cross_validate`
-    steps: int = None # budget in steps of each training; the paper's schedule if there is no budget
-    hardware: str = None # a name in HARDWARE, or a memory such as 16GB; None: what this machine has
-    seed: int = 0 # of weights, patches, augmentation and folds
-    device: str = None # cpu or cuda; None: cuda if there is one
-    workers: int = None # processes for reading, preprocessing and scoring; None: one per core
-    patients: object = None # whose cases stay together, as for `read_patients`
-    splits: object = None # custom splits, as for `read_splits`
-    cluster: object = None # where to work, as for `cluster_client`; None: on this machine
+    steps: int = None # budget in steps of each training; without a budget, the schedule of the paper
+    hardware: str = None # gpu-12gb, cpu or a memory such as 16GB to plan for; by default what this machine has
+    seed: int = 0 # of weights, patches, augmentation and folds; the same seed gives the same result
+    device: str = None # cpu or cuda; by default cuda if there is one
+    workers: int = None # processes for reading, preprocessing and scoring; by default one per core
+    patients: object = None # whose cases stay together: a pattern such as {patient}_{visit}, or a CSV file
+    splits: object = None # custom splits: a JSON file such as splits_final.json of nnU-Net, or a list of folds
+    cluster: object = None # local:4 for four processes here, the address of a Dask scheduler, or a client
     client: object = None # open Dask `Client` of that cluster
     processes: int = 1 # that share the batches of each training, on a GPU each; not on a cluster
 
