@@ -240,7 +240,7 @@ def dataset_part(
     if not fp:
         return notes(['The scans have not been measured yet.'])
     classes = ', '.join(f'{v} {k}' for k, v in fp.labels.items())
-    rows = [('classes', classes), ('channels', ', '.join(fp.modalities)), *fp._rows()]
+    rows = [('classes', classes), ('channels', ', '.join(fp.modalities)), *fp.table.rows]
     caption = 'Each dot is a case: its shape and spacing; intensities under the masks; voxels of each class.'
     out = [wide_table([], rows), figure_html(plot_fingerprint(fp), caption)]
     try:
