@@ -99,7 +99,7 @@ def test_a_budget_on_the_clock_ends_for_both_at_once(work):
 def test_a_batch_that_cannot_be_shared_is_refused(work, autounet, one_line):
     planned(work, batch_size=4)
     done = autounet('train', work, '--model', '3d', '--steps', '2', '--device', 'cpu', '--processes', '3')
-    one_line(done, 'model 3d', 'batches of 4', '3 processes')
+    one_line(done, 'model 3d', 'a batch of 4', '3 processes cannot share')
 
 def test_without_accelerate_it_says_what_to_install(work, monkeypatch):
     monkeypatch.setitem(sys.modules, 'accelerate', None)
