@@ -181,6 +181,7 @@ def _report_command(a):
 # %% ../../nbs/app/89_cli.ipynb #e0ce4328
 def _predict_command(a):
     "Segment new scans with a trained model; the results lie on the scans' own grids"
+    from autounet_nb.core.text import plural
     from autounet_nb.inference.predict import predict
     options = None
     if a.quality is not None:
@@ -189,7 +190,7 @@ def _predict_command(a):
         print(why)
     paths = predict(a.work, a.scans, a.out, model=a.model, folds=a.folds, tta=not a.no_tta,
                     probabilities=a.probabilities, suffix=a.suffix, device=a.device, options=options)
-    print(f'{len(paths)} segmentation{"s" * (len(paths) != 1)} in {a.out}')
+    print(f'{plural(len(paths), "segmentation")} in {a.out}')
 
 def _evaluate_command(a):
     "Dice and other metrics per case and class, and their means"

@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..core.work import Work
 from ..data.cases import Dataset
 from ..planning.config import MODELS
-from ..planning.design import plural
+from ..core.text import plural
 from ..planning.fingerprint import Fingerprint
 from ..planning.plan import Plan
 from ..planning.planner import diff

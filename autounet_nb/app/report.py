@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from ..core.errors import InputError
 from ..core.files import atomic
 from ..core.table import Cell, cell_text
-from ..core.text import time_text
+from ..core.text import plural, time_text
 from ..core.work import Work
 from ..data.cases import read_case
 from ..data.images import read_label
@@ -220,7 +220,7 @@ def _prices(found):
     if not prices:
         return notes(['What a quicker prediction costs was not measured.'])
     head, *rows = prices.rows()
-    scans = f'{prices.scans} validation scan{"s" * (prices.scans > 1)}'
+    scans = plural(prices.scans, 'validation scan')
     said = (f'Measured on {scans} with one fold; several folds take as many times as long. '
             'autounet predict WORK SCANS OUT takes the first line, with --fast or --best the lines of that name, '
             'with --seconds S the best one that takes at most S seconds.')
@@ -235,7 +235,7 @@ def predict_part(
     channels = ''
     if found.plan:
         names = found.plan.modalities
-        channels = f'A scan needs {len(names)} channel{"s" * (len(names) > 1)}, in this order: {", ".join(names)}. '
+        channels = f'A scan needs {plural(len(names), "channel")}, in this order: {", ".join(names)}. '
     grid = 'The masks lie on the grid of each scan, with the values of the training masks.'
     python = 'from autounet_nb.inference.predict import predict', f'predict({str(found.work)!r}, "SCANS", "OUT")'
     typed = shlex.join(['autounet', 'predict', str(found.work), 'SCANS', 'OUT'])

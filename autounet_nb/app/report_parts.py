@@ -22,7 +22,8 @@ from ..planning.fingerprint import Fingerprint
 from ..planning.plan import Plan
 from ..planning.planner import planned_values
 from ..viz.dataset import plot_fingerprint, plot_montage
-from ..viz.page import Html, as_html, code_box, details, figure_html, heading, notes, paragraph, setting_text
+from ..viz.page import Html, as_html, code_box, details, figure_html, heading, notes, paragraph
+from ..planning.design import setting_text
 from ..viz.page import stamp, tiles, value_text, wide_table
 from ..viz.patch import plot_patch
 from ..viz.unet_drawing import plot_unet

@@ -9,9 +9,9 @@ __all__ = ['LEAST', 'PRICING', 'LEAST_PRICING', 'check_separate', 'prepare', 'ev
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-import hashlib, json, os, time
+import os, time
 from ..core.errors import InputError
-from ..core.files import read_json, write_json
+from ..core.files import content_key, read_json, write_json
 from ..core.text import time_text
 from ..core.work import Work
 from ..data.cases import Case, Dataset, read_case
@@ -58,8 +58,7 @@ def check_separate(
 def _files_key(dataset):
     "A short text that changes when a file of the dataset does"
     seen = [(c.id, c.images, c.label, sources_of(c)) for c in dataset]
-    facts = json.dumps([seen, sorted(dataset.unpaired), dataset.labels, dataset.modalities])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return content_key([seen, sorted(dataset.unpaired), list(dataset.labels.items()), dataset.modalities])
 
 def _check_once(dataset, work, executor):
     "Check the dataset unless these very files were found healthy before; errors end the run"

@@ -12,7 +12,7 @@ from functools import partial
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..core.table import Table, cell_text
-from ..core.text import time_text
+from ..core.text import plural, time_text
 from ..core.work import Work
 from ..data.cases import Dataset
 from ..planning.plan import Plan
@@ -116,7 +116,7 @@ def _in_turn(jobs, train, options):
 
 def _side_by_side(work, jobs, train, options, workers):
     "All trainings by the workers of a cluster, in the order in which they end"
-    print(f'{len(jobs)} trainings on {workers} worker{"s" * (workers > 1)}, {options.budget_text()}; '
+    print(f'{len(jobs)} trainings on {plural(workers, "worker")}, {options.budget_text()}; '
           f'each prints to {work.fold("2d", 0).log.name} beside its weights', flush=True)
     for (model, fold), row in run_trainings(options.client, work, jobs, train, options.device):
         if not isinstance(row, Exception):

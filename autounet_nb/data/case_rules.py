@@ -7,12 +7,11 @@ __all__ = ['Problem', 'problem_of', 'values_text', 'thumbnail', 'Checked', 'chec
 
 # %% ../../nbs/data/18_case_rules.ipynb #500e60e4
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 import numpy as np
 from ..core.errors import InputError
-from .cases import Case, Dataset
+from .cases import Case, Dataset, checksum
 from .images import read_image, read_label
 
 # %% ../../nbs/data/18_case_rules.ipynb #b8a0d520
@@ -170,11 +169,7 @@ def _digest(images):
     "A name for the voxels of a scan; '' if there is nothing to compare"
     if not images or any(x.min() == x.max() for _, x, _ in images):
         return ''
-    h = blake2b(digest_size=16)
-    for _, x, _ in images:
-        h.update(str(x.shape).encode())
-        h.update(np.ascontiguousarray(x))
-    return h.hexdigest()
+    return checksum(*(x for _, x, _ in images), size=16)
 
 def _means(n, m): # voxels along the axis before and after
     "Matrix (m, n) that takes the mean over `m` equal stretches of an axis"

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 import numpy as np
+from ..core.text import plural
 from ..core.errors import InputError
 from ..core.executor import pmap
 from ..core.table import Table
@@ -131,7 +132,7 @@ class Report:
 
     def _count(self, severity):
         n = sum(p.severity == severity for p in self.problems)
-        return f'{n} {severity}{"s"*(n != 1)}'
+        return plural(n, severity)
 
     def _summary(self):
         return f'{self.dataset.name}: {len(self.dataset)} cases, {self._count("error")}, {self._count("warning")}'

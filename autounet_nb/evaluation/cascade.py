@@ -11,7 +11,8 @@ from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..core.work import Work
 from ..planning.plan import Plan
-from ..preprocessing.store import PreprocessedCase, checksum, open_array, write_array
+from ..preprocessing.store import PreprocessedCase, open_array, write_array
+from ..data.cases import checksum
 from ..inference.ensemble import upsampled
 from .cross_validation import softmax_slabs
 

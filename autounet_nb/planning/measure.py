@@ -7,7 +7,6 @@ __all__ = ['nonzero_box', 'nonzero_mask', 'round_values', 'ValueCounts', 'measur
            'CaseFacts', 'measure_case', 'kept_facts', 'fingerprint_case']
 
 # %% ../../nbs/planning/20_measure.ipynb #a3cef850
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import cc3d
 import numpy as np
 from scipy.ndimage import binary_fill_holes
 from ..core.errors import InputError
-from ..core.files import atomic
+from ..core.files import atomic, content_key
 from ..data.cases import read_case
 
 # %% ../../nbs/planning/20_measure.ipynb #ece5ed3e
@@ -139,7 +138,7 @@ def key_of_files(
 ) -> str:
     "A text that changes when a file of the case changes"
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(case)]
-    return hashlib.sha1(json.dumps([_VERSION, case.id, stats]).encode()).hexdigest()
+    return content_key([_VERSION, case.id, stats])
 
 # %% ../../nbs/planning/20_measure.ipynb #14203e9b
 class CaseFacts(NamedTuple):

@@ -7,17 +7,16 @@ __all__ = ['PLAN_VERSION', 'DATA_KEYS', 'models_of', 'Plan', 'scheme_word', 'val
 
 # %% ../../nbs/planning/27_plan.ipynb #dc34b915
 from dataclasses import dataclass, field, asdict, fields
-from hashlib import blake2b
 from html import escape
-import json
 from fastcore.basics import patch
 from ..core.errors import InputError
-from ..core.files import read_json, write_json
+from ..core.files import content_key, read_json, write_json
 from ..core.records import ANYTHING, FLAG, Kind, TEXT, flaw, one_of, real_number, shown, whole_number
 from ..core.table import Table
 from ..core.text import shape_text
 from .config import CONFIG_FORM, MODELS, ModelConfig
-from .design import plural, setting_text
+from ..core.text import plural
+from .design import setting_text
 from .reasons import reason
 from .config import read_edits
 
@@ -143,9 +142,6 @@ def _read_fields(d, names, source):
     return d
 
 # %% ../../nbs/planning/27_plan.ipynb #36bad57f
-def _checksum(d): # of a plan as JSON
-    return blake2b(json.dumps(d, sort_keys=True).encode(), digest_size=8).hexdigest()
-
 @dataclass(frozen=True)
 class Plan:
     "All decisions for one dataset, and their reasons"
@@ -170,7 +166,7 @@ class Plan:
     def to_dict(self) -> dict:
         "The plan as it stands in its file"
         d = asdict(self)
-        return d | dict(checksum=_checksum(d))
+        return d | dict(checksum=content_key(d))
 
     def save(self,
         path, # of plan.json
@@ -187,7 +183,7 @@ class Plan:
     ) -> bool:
         "Whether somebody changed the file after it was written"
         d = read_json(path)
-        return not isinstance(d, dict) or d.pop('checksum', None) != _checksum(d)
+        return not isinstance(d, dict) or d.pop('checksum', None) != content_key(d)
 
     @classmethod
     def from_dict(cls,

@@ -8,7 +8,7 @@ __all__ = ['BY_HAND', 'reason', 'model_reasons', 'data_reasons']
 # %% ../../nbs/planning/26_reasons.ipynb #5377521f
 import math
 from ..core.text import shape_text
-from .design import plural
+from ..core.text import plural
 from .rules import CASCADE_RATIO, MAX_FEATURES, MAX_POOLS, MAX_SHARE, MIN_BATCH, MIN_SIZE
 from .rules import needs_cascade
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from ..core.errors import InputError
-from .design import dataset_statistics, plural
+from .design import dataset_statistics
+from ..core.text import plural
 from .plan import value_text
 from .planner import decide, planned_values
 

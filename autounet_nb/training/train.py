@@ -8,13 +8,12 @@ __all__ = ['SMALL_BATCH', 'small_batches', 'preprocessed_cases', 'data_key', 'fi
 # %% ../../nbs/training/59_train.ipynb #4ec32b7a
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 import json, math, sys
 import torch
 from ..core.distributed import launch, rank_and_size
 from ..core.errors import InputError
-from ..core.files import read_json, write_json
+from ..core.files import content_key, read_json, write_json
 from ..core.threads import cores
 from ..core.work import Fold, Work
 from ..data.cases import Dataset
@@ -68,7 +67,7 @@ def data_key(
     cases, # list of `PreprocessedCase`
 ) -> str:
     "Changes if a voxel of these cases does, or their order"
-    return blake2b(json.dumps([[c.id, *c.checksum] for c in cases]).encode(), digest_size=8).hexdigest()
+    return content_key([[c.id, *c.checksum] for c in cases])
 
 # %% ../../nbs/training/59_train.ipynb #e9c65177
 _RECIPE = dict(config='the plan', split='the split', data='the data', intensity_properties='normalization or classes',

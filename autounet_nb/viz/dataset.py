@@ -10,6 +10,7 @@ from math import ceil
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from ..core.text import plural
 from ..core.errors import InputError
 from ..data.cases import read_case
 from ..planning.rules import coarsest_axis
@@ -81,7 +82,7 @@ def plot_fingerprint(
     axs[2].set_title('intensities under the masks', fontsize=9)
     axs[-1].legend(fontsize=7, ncols=3, loc='upper center', bbox_to_anchor=(.5, -.6))
     _volumes(right.subplots(), fp)
-    fig.suptitle(f'{fp.name}: {fp.n} case{"s" * (fp.n > 1)}, {fp.dim}D', fontsize=10)
+    fig.suptitle(f'{fp.name}: {plural(fp.n, "case")}, {fp.dim}D', fontsize=10)
     return fig
 
 # %% ../../nbs/viz/41_dataset.ipynb #96820c62

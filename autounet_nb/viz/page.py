@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Html', 'as_html', 'paragraph', 'notes', 'code_box', 'heading', 'stamp', 'details', 'wide_table', 'bar_cell',
-           'spread_cell', 'value_text', 'setting_text', 'figure_html', 'definitions', 'tiles', 'page_html']
+           'spread_cell', 'value_text', 'figure_html', 'definitions', 'tiles', 'page_html']
 
 # %% ../../nbs/viz/46_page.ipynb #a9ac6d63
 from base64 import b64encode
@@ -86,15 +86,6 @@ def value_text(
     if value and isinstance(value[0], tuple):
         return ' · '.join(map(shape_text, value))
     return ' '.join(map(str, value)) if field == 'features_per_stage' else shape_text(round(v, 3) for v in value)
-
-# %% ../../nbs/viz/46_page.ipynb #64102ae4
-def setting_text(
-    name, # such as 3d.patch_size
-    value, # that was set by hand
-) -> str:
-    "A value that was set by hand, as `--set` takes it"
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return f'{name}={",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)}'
 
 # %% ../../nbs/viz/46_page.ipynb #4c5c3141
 _LARGEST_SVG = 400_000 # bytes

@@ -12,7 +12,7 @@ import base64, io
 import ipywidgets as w
 from ..core.table import Cell, Table
 from ..core.text import bytes_text, shape_text
-from ..planning.design import plural
+from ..core.text import plural
 from ..planning.memory import disk_space, training_memory
 from ..planning.plan import value_text
 from ..planning.planner import planned_values

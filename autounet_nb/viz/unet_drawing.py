@@ -10,7 +10,7 @@ from math import prod
 from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
-from ..core.text import shape_text
+from ..core.text import plural, shape_text
 from ..planning.memory import count_weights
 from .patch import draw_box
 
@@ -54,8 +54,7 @@ def levels_text(
     config, # `ModelConfig`
 ) -> str:
     "How many levels a network has, in words"
-    n = len(config.features_per_stage)
-    return f'{n} level{"s" * (n > 1)}'
+    return plural(len(config.features_per_stage), 'level')
 
 # %% ../../nbs/viz/43_unet_drawing.ipynb #2790458c
 _PLAIN, _WAITS = '#9ecae1', '#fdae6b' # of a box
@@ -130,7 +129,7 @@ def _lines(ax, boxes):
 def _channels_text(config):
     "What comes into a network"
     n, first = config.in_channels, config.classes - 1
-    text = f'{n} channel{"s" * (n > 1)} in'
+    text = f'{plural(n, "channel")} in'
     if config.name == '3d_cascade':
         text += f': {n - first} of the scan, {first} of the first stage'
     return text
