@@ -21,4 +21,4 @@ def test_sarcoma_from_scans_to_a_segmentation(real_data, autounet, tmp_path):
     "Three thick-slice scans: two to train on, one held out, a handful of steps"
     p = autounet('run', real_data/'sarcoma_mr', tmp_path/'work', '--models', '3d', '--folds', '0', '--steps', '6', '--hardware', 'cpu')
     assert p.returncode == 0, p.stderr
-    assert 'Dice on scans that were held out' in p.stdout
+    assert '\nDice on validation scans\n' in p.stdout
